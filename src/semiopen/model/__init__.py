@@ -1,0 +1,1 @@
+"""Facts about decoders, shared by all parties: plans, families, splitting one model into prefix, blocks and head."""
