@@ -1,1 +1,1 @@
-"""What crosses the trust boundary: messages, framing and the shared-memory channel."""
+"""What crosses the trust boundary: messages, framing and the shared-memory channel. The door is `messages`."""

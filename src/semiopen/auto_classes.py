@@ -1,0 +1,41 @@
+"""The classes that transformers' auto classes find for a bundle. Light: the host is imported on use."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+
+class SemiopenConfig(PreTrainedConfig):
+    """config.json of a bundle: the config of the host's model, and that of the sealed prefix."""
+
+    model_type = "semiopen"
+    sub_configs = {"text_config": AutoConfig, "prefix_config": AutoConfig}  # noqa: RUF012 - transformers' convention
+
+    def __init__(
+        self, text_config: dict | PreTrainedConfig | None = None, prefix_config: dict | PreTrainedConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = _config(text_config)
+        self.prefix_config = _config(prefix_config)
+        super().__init__(**kwargs)
+
+
+def _config(data: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:
+    from semiopen.model.split import config_from_dict
+
+    return config_from_dict(data) if isinstance(data, dict) else data
+
+
+class SemiopenForCausalLM(PreTrainedModel):
+    """Entry for `AutoModelForCausalLM.from_pretrained(BUNDLE)`; what comes back is a model of the family."""
+
+    config_class = SemiopenConfig
+
+    @classmethod
+    def from_pretrained(cls, bundle: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:  # type: ignore[override]
+        """Open a bundle; arguments as for `semiopen.load`."""
+        from semiopen.host.load import load
+
+        kwargs.pop("config", None)  # read again from the bundle, after it was verified
+        return load(bundle, *args, **kwargs)

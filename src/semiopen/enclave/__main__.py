@@ -1,0 +1,114 @@
+"""Start of the dev enclave: `python -I -m semiopen.enclave LISTENER`.
+
+    LISTENER         number of an inherited, listening Unix socket
+    standard input   32 bytes of sealing key, then a Provision frame; its end ends the enclave
+    standard output  one Ready or Failed frame
+
+Order is the point: give up privileges, take the key, verify the bundle, unseal, wipe the key, give up files, serve.
+"""
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from semiopen.enclave import hardening
+from semiopen.enclave.secret_memory import SecretBytes, read_secret
+
+if TYPE_CHECKING:
+    from semiopen.enclave.prefix import Prefix
+    from semiopen.protocol.messages import Failed, Provision, Ready
+
+KIND = "dev enclave: not a TEE"
+SEALING_KEY_BYTES = 32
+ENVIRONMENT = ("PATH", "LANG", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE", "TZ")
+
+
+def main() -> int:
+    """Run one enclave from start to the end of its lifeline; returns the exit status."""
+    listener_fd, lifeline, start_reply = int(sys.argv[1]), 0, os.dup(1)
+    measures = [
+        hardening.close_inherited_descriptors({lifeline, listener_fd, start_reply}),
+        hardening.clean_environment(ENVIRONMENT),
+        *hardening.harden_start(),
+    ]
+    with read_secret(lifeline, SEALING_KEY_BYTES, close=False) as sealing_key:
+        # Only now: what these import is large, and had better run with fewer privileges.
+        import socket
+
+        from semiopen.enclave.server import Server, limits_for, place_of, welcome_for
+        from semiopen.errors import SemiopenError
+        from semiopen.protocol.messages import Failed, Ready
+
+        try:
+            provision = _read_provision(lifeline)
+            prefix, digest, sealed_blocks = _load_prefix(provision, sealing_key)
+            limits = limits_for(prefix, provision.max_blocks)
+            server = Server(prefix, limits, welcome_for(prefix, limits, KIND, digest, sealed_blocks))
+            server.rehearse()
+        except SemiopenError as error:
+            _answer_start(start_reply, Failed(code="start", message=str(error)))
+            return 1
+        except Exception as error:  # noqa: BLE001 - its text may hold data; its type and place do not
+            _answer_start(start_reply, Failed(code="start", message=place_of(error)))
+            return 1
+    measures.append(hardening.lock_memory())
+    measures += hardening.harden_running()  # from here on no file opens, so no import may follow
+    server.welcome = server.welcome.model_copy(update={"measures": hardening.report(measures)})
+    _answer_start(start_reply, Ready())
+    with socket.socket(fileno=listener_fd) as listener:
+        server.serve(listener, lifeline)
+    return 0
+
+
+def _read_provision(descriptor: int) -> "Provision":
+    from semiopen.errors import ProtocolError
+    from semiopen.protocol.framing import FrameDecoder
+    from semiopen.protocol.messages import PROVISION, parse
+
+    decoder = FrameDecoder()
+    while data := os.read(descriptor, 65536):
+        for payload in decoder.feed(data):
+            return parse(PROVISION, payload)
+    raise ProtocolError("The enclave was not told what to load; start it with 'semiopen enclave'.")
+
+
+def _load_prefix(provision: "Provision", sealing_key: SecretBytes) -> "tuple[Prefix, str, int]":
+    """Verify, unseal and build; return the prefix, the bundle's digest and the number of sealed blocks."""
+    import json
+    from pathlib import Path
+
+    import torch
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    from transformers.utils import logging
+
+    from semiopen.bundle.primitives import derive_bundle_key
+    from semiopen.bundle.reader import load_sealed, read_files
+    from semiopen.enclave.prefix import Prefix
+    from semiopen.model.split import check_supported, config_from_dict
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if provision.threads:
+        torch.set_num_threads(provision.threads)
+    vendor_key = load_pem_public_key(provision.vendor_key.encode())
+    bundle = read_files(Path(provision.bundle), vendor_key, only=())  # type: ignore[arg-type] - checked there
+    config = config_from_dict(json.loads(bundle.read("config.json"))["prefix_config"])
+    check_supported(config)
+    bundle_key = derive_bundle_key(sealing_key.view(), bytes.fromhex(bundle.manifest.bundle_id))
+    sealing_key.wipe()
+    tensors = load_sealed(bundle, bundle_key)
+    del bundle_key
+    dtype = getattr(torch, provision.dtype) if provision.dtype else config.dtype
+    return Prefix(config, tensors, dtype), bundle.digest, bundle.manifest.plan.prefix
+
+
+def _answer_start(descriptor: int, answer: "Ready | Failed") -> None:
+    from semiopen.protocol.framing import encode_frame
+    from semiopen.protocol.messages import dump
+
+    os.write(descriptor, encode_frame(dump(answer)))
+    os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

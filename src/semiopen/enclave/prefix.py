@@ -1,0 +1,66 @@
+"""The sealed prefix: the family's own transformers modules for the embedding and the bottom blocks."""
+
+import torch
+from transformers import AutoModel, PreTrainedConfig
+
+from semiopen.enclave import paged_attention
+from semiopen.enclave.paged_attention import KVCache, RunningStep
+from semiopen.enclave.trusted_state import CheckedStep
+from semiopen.errors import BundleError
+from semiopen.model.families import FAMILIES
+
+
+class Prefix:
+    """Embedding and blocks [0, n) of one model, in one dtype, run a step at a time."""
+
+    def __init__(self, config: PreTrainedConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """Build the modules around `tensors`, which keep their memory where the dtype already fits.
+
+        Args:
+            config: the prefix's own config, with n blocks.
+            tensors: checkpoint tensors of the prefix under their checkpoint names.
+            dtype: dtype to compute in and to return states in.
+
+        Raises:
+            BundleError: the tensors are not exactly those that the config needs.
+        """
+        self.dtype = dtype
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+        self.context: int = config.max_position_embeddings
+        family = FAMILIES[config.model_type]
+        self.model, info = AutoModel._model_mapping[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype,
+            attn_implementation=paged_attention.NAME,
+            output_loading_info=True,
+        )
+        unmet = {name for name in info["missing_keys"] if not name.startswith(f"{family.norm}.")}
+        surplus = {name for name in info["unexpected_keys"] if not name.endswith(_BUFFERS)}
+        if unmet or surplus or info["mismatched_keys"]:
+            raise BundleError("The sealed tensors do not fit config.json; seal the model again.")
+        setattr(self.model, family.norm, torch.nn.Identity())  # the final norm belongs to the head
+        self.model.eval().requires_grad_(False)
+
+    def run(self, step: CheckedStep, cache: KVCache) -> torch.Tensor:
+        """Run one checked step; return hidden states [T, H] in `dtype`.
+
+        Keys and values of the step are written to `cache`, whose blocks the step names.
+        """
+        cache.copy_blocks(torch.from_numpy(step.copies))
+        RunningStep.current = RunningStep(step, cache)
+        try:
+            output = self.model(
+                input_ids=torch.from_numpy(step.token_ids)[None],
+                position_ids=torch.from_numpy(step.positions)[None],
+                use_cache=False,
+            )
+        finally:
+            RunningStep.current = None
+        return output.last_hidden_state[0]
+
+
+# Buffers that old checkpoints carry and transformers recomputes.
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")

@@ -1,0 +1,305 @@
+"""The enclave's one channel: accepts clients on a Unix socket and answers their frames, one at a time.
+
+Every reply is bounded and sent without waiting; a client that does not read is dropped. Nothing a client sends
+ends the process: a bad message gets a typed `Failed`, a broken stream loses its connection, and an error inside
+a step is reported by type and place only, because its text may hold data.
+"""
+
+import os
+import selectors
+import socket
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from pydantic import BaseModel
+
+from semiopen.enclave.paged_attention import KVCache
+from semiopen.enclave.prefix import Prefix
+from semiopen.enclave.trusted_state import (
+    BLOCK_SIZE,
+    Limits,
+    Refused,
+    SlotLedger,
+    check_open,
+    check_step,
+)
+from semiopen.errors import ProtocolError
+from semiopen.protocol.channel import Layout, SharedArrays, create_shared_memory
+from semiopen.protocol.framing import FrameDecoder, encode_frame
+from semiopen.protocol.messages import (
+    REQUEST,
+    Failed,
+    Hello,
+    Open,
+    Opened,
+    Status,
+    StatusIs,
+    Step,
+    Stepped,
+    Welcome,
+    dump,
+    parse,
+)
+
+_RECEIVE_BYTES = 64 * 1024
+
+
+@dataclass
+class Session:
+    """One client's KV cache, ledger and shared memory; all of it goes when its connection goes."""
+
+    blocks: int
+    layout: Layout
+    arrays: SharedArrays
+    cache: KVCache
+    ledger: SlotLedger
+
+
+@dataclass(eq=False)  # hashed by identity
+class Client:
+    """One connection."""
+
+    connection: socket.socket
+    decoder: FrameDecoder = field(default_factory=FrameDecoder)
+    session: Session | None = None
+
+
+@dataclass
+class Counters:
+    """What `Status` reports since start."""
+
+    steps: int = 0
+    tokens: int = 0
+    refused: int = 0
+
+
+class _Discard:
+    """Stands where a client's socket stands, in the rehearsal; sockets cannot be made in the enclave."""
+
+    def send(self, data: bytes) -> int:
+        return len(data)
+
+    def sendmsg(self, buffers: list[bytes], *_: object) -> int:
+        return sum(map(len, buffers))
+
+
+class Server:
+    """Serves one prefix to many clients, a request at a time."""
+
+    def __init__(self, prefix: Prefix, limits: Limits, welcome: Welcome) -> None:
+        self._prefix = prefix
+        self._limits = limits
+        self.welcome = welcome
+        self._clients: set[Client] = set()
+        self._counters = Counters()
+
+    def rehearse(self) -> None:
+        """Serve one client of our own, so that all that Python and torch load on first use is loaded now.
+
+        Afterwards the enclave gives up opening files, so a first use later would fail. Both a prompt and a single
+        token are run, and each kind of refusal is provoked once.
+        """
+        client = Client(cast(socket.socket, _Discard()))
+        self._clients.add(client)
+        prompt = min(BLOCK_SIZE + 1, self._limits.context - 1)
+        self._answer(client, dump(Open(blocks=4, step_tokens=2 * BLOCK_SIZE, sequences=2)))
+        session = client.session
+        assert session is not None, "no session for the rehearsal"
+        for held, new in ((prompt, prompt), (prompt + 1, 1)):
+            session.arrays.query_start[:2] = (0, new)
+            session.arrays.seq_lens[0] = held
+            session.arrays.block_table[0, :2] = (0, 1)
+            session.arrays.copies[0] = (3, 2)
+            self._answer(client, dump(Step(tokens=new, sequences=1, width=2, copies=1)))
+        for payload in (dump(Hello()), dump(Status()), dump(Step(tokens=1, sequences=1, width=1, copies=0)), b"{"):
+            self._answer(client, payload)
+        self._clients.discard(client)
+        if self._counters.steps != 2:
+            raise RuntimeError("the prefix cannot run a step")
+        self._counters = Counters()
+
+    def serve(self, listener: socket.socket, lifeline: int) -> None:
+        """Answer clients of `listener` until the process that holds the other end of `lifeline` is gone."""
+        listener.setblocking(False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(listener, selectors.EVENT_READ)
+            selector.register(lifeline, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    if key.fileobj is listener:
+                        self._accept(listener, selector)
+                    elif isinstance(key.data, Client):
+                        self._receive(key.data, selector)
+                    elif not os.read(lifeline, 1):
+                        return
+
+    def _accept(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return  # the client left before it was accepted, or descriptors ran out; the others go on
+        if len(self._clients) >= self._limits.max_sessions:
+            connection.close()
+            return
+        connection.setblocking(False)
+        client = Client(connection)
+        self._clients.add(client)
+        selector.register(connection, selectors.EVENT_READ, client)
+
+    def _receive(self, client: Client, selector: selectors.BaseSelector) -> None:
+        try:
+            data = client.connection.recv(_RECEIVE_BYTES)
+            if not data:
+                raise ConnectionError
+            for payload in client.decoder.feed(data):
+                self._answer(client, payload)
+        except ProtocolError as error:  # the stream cannot be read on
+            self._counters.refused += 1
+            self._try_send(client, Failed(code="frame", message=str(error)))
+            self._drop(client, selector)
+        except OSError:
+            self._drop(client, selector)
+
+    def _drop(self, client: Client, selector: selectors.BaseSelector) -> None:
+        selector.unregister(client.connection)
+        client.connection.close()
+        self._clients.discard(client)
+        client.session = None  # frees its KV cache and shared memory
+
+    def _answer(self, client: Client, payload: bytes) -> None:
+        descriptors: list[int] = []
+        try:
+            reply = self.handle(client, payload, descriptors)
+        except Refused as refused:
+            self._counters.refused += 1
+            reply = Failed(code=refused.code, message=refused.message)
+        except ProtocolError as error:
+            self._counters.refused += 1
+            reply = Failed(code="message", message=str(error))
+        except Exception as error:  # noqa: BLE001 - nothing a client sends may end the enclave
+            self._counters.refused += 1
+            reply = Failed(code="internal", message=place_of(error))
+        try:
+            self._send(client, reply, descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def handle(self, client: Client, payload: bytes, descriptors: list[int]) -> BaseModel:
+        """Answer one untrusted request; descriptors appended to `descriptors` travel with the reply.
+
+        Raises:
+            ProtocolError: the payload is no request.
+            Refused: the request will not be served.
+        """
+        match parse(REQUEST, payload):
+            case Hello():
+                return self.welcome
+            case Status():
+                return self._status()
+            case Open() as request:
+                return self._open(client, request, descriptors)
+            case Step() as request:
+                return self._step(client, request)
+
+    def _status(self) -> StatusIs:
+        sessions = [client.session for client in self._clients if client.session]
+        return StatusIs(
+            sessions=len(sessions),
+            blocks=sum(session.blocks for session in sessions),
+            steps=self._counters.steps,
+            tokens=self._counters.tokens,
+            refused=self._counters.refused,
+        )
+
+    def _open(self, client: Client, request: Open, descriptors: list[int]) -> Opened:
+        if client.session is not None:
+            raise Refused("order", "This connection has a session already; use another connection for another.")
+        status = self._status()
+        check_open(request, self._limits, status.sessions, status.blocks)
+        layout = Layout(
+            step_tokens=request.step_tokens,
+            sequences=request.sequences,
+            table_width=self._limits.table_width,
+            hidden_size=self._prefix.hidden_size,
+            dtype=self._prefix.dtype,
+        )
+        descriptor = create_shared_memory(layout)
+        descriptors.append(descriptor)
+        client.session = Session(
+            request.blocks,
+            layout,
+            SharedArrays(descriptor, layout),
+            KVCache(request.blocks),
+            SlotLedger(request.blocks),
+        )
+        return Opened(nbytes=layout.nbytes())
+
+    def _step(self, client: Client, request: Step) -> Stepped:
+        session = client.session
+        if session is None:
+            raise Refused("order", "Open a session before the first step.")
+        step = check_step(request, session.arrays, session.layout, self._limits, session.blocks)
+        session.ledger.admit(step)
+        started = time.perf_counter_ns()
+        try:
+            with torch.inference_mode():
+                session.arrays.hidden[: request.tokens] = self._prefix.run(step, session.cache)
+        except BaseException:
+            session.ledger.forget(step.slots)
+            raise
+        self._counters.steps += 1
+        self._counters.tokens += request.tokens
+        return Stepped(tokens=request.tokens, compute_us=(time.perf_counter_ns() - started) // 1000)
+
+    def _send(self, client: Client, reply: BaseModel, descriptors: list[int]) -> None:
+        frame = encode_frame(dump(reply))
+        sent = socket.send_fds(client.connection, [frame], descriptors) if descriptors else client.connection.send(frame)
+        if sent != len(frame):
+            raise ConnectionError("the client does not read its replies")
+
+    def _try_send(self, client: Client, reply: BaseModel) -> None:
+        try:
+            self._send(client, reply, [])
+        except OSError:
+            return  # it is dropped next anyway
+
+
+def place_of(error: BaseException) -> str:
+    """Type and place of an unexpected error, without its text, which may hold data of either party."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"The enclave met an internal error ({type(error).__name__} at {Path(frame.filename).name}:{frame.lineno})."
+
+
+def limits_for(prefix: Prefix, max_blocks: int) -> Limits:
+    """The limits that an enclave with this prefix grants."""
+    return Limits(
+        max_blocks=max_blocks,
+        max_step_tokens=8192,
+        max_sequences=512,
+        max_sessions=64,
+        context=prefix.context,
+        vocab_size=prefix.vocab_size,
+    )
+
+
+def welcome_for(prefix: Prefix, limits: Limits, kind: str, digest: str, blocks: int) -> Welcome:
+    """The answer to `Hello`: what this enclave is, and what it holds. `blocks` is the number of sealed blocks."""
+    return Welcome(
+        enclave=kind,
+        measures=[],
+        bundle_digest=digest,
+        prefix=blocks,
+        dtype=str(prefix.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        hidden_size=prefix.hidden_size,
+        vocab_size=prefix.vocab_size,
+        context=prefix.context,
+        block_size=BLOCK_SIZE,
+        max_blocks=limits.max_blocks,
+        max_step_tokens=limits.max_step_tokens,
+        max_sequences=limits.max_sequences,
+    )

@@ -1,0 +1,162 @@
+"""The host's end of the channel to an enclave: one connection, one session, one request at a time."""
+
+import os
+import socket
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+
+from semiopen.errors import EnclaveError, ProtocolError
+from semiopen.protocol.channel import Layout, SharedArrays
+from semiopen.protocol.framing import FrameDecoder, encode_frame
+from semiopen.protocol.messages import (
+    REPLY,
+    Failed,
+    Hello,
+    Open,
+    Opened,
+    Status,
+    StatusIs,
+    Step,
+    Stepped,
+    Welcome,
+    dump,
+    parse,
+)
+
+ReplyT = TypeVar("ReplyT", bound=BaseModel)
+
+_GONE = "The enclave has stopped and its conversations are lost; load the model again to start a new one."
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One step. T tokens, S sequences; plain lists, as they are small.
+
+    Attributes:
+        token_ids: [T] ids of all sequences, one after the other.
+        new_tokens: [S] how many of them each sequence has.
+        seq_lens: [S] tokens each sequence holds after the step.
+        block_tables: [S] KV blocks of each sequence.
+        copies: KV blocks to copy first, (from, to).
+    """
+
+    token_ids: list[int]
+    new_tokens: list[int]
+    seq_lens: list[int]
+    block_tables: list[list[int]]
+    copies: list[tuple[int, int]]
+
+
+class EnclaveClient:
+    """A connection to an enclave. Safe to use from several threads; steps are strictly one after another."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Connect and ask who is there.
+
+        Args:
+            path: Unix socket of a running enclave.
+
+        Raises:
+            EnclaveError: nobody listens there.
+            ProtocolError: what listens there is no enclave of this version.
+        """
+        self._lock = threading.Lock()
+        self._decoder = FrameDecoder()
+        self._descriptors: list[int] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.connect(str(path))
+        except OSError as error:
+            self._socket.close()
+            raise EnclaveError(
+                f"No enclave answers at {path} ({error.strerror}); start one with 'semiopen enclave'.", "gone"
+            ) from None
+        self._arrays: SharedArrays | None = None
+        self.welcome = self._ask(Hello(), Welcome)
+
+    def open(self, blocks: int, step_tokens: int, sequences: int) -> None:
+        """Reserve a KV cache of `blocks` blocks and shared memory for steps of the given size.
+
+        Raises:
+            EnclaveError: the enclave does not have that much left.
+        """
+        welcome = self.welcome
+        layout = Layout(
+            step_tokens=step_tokens,
+            sequences=sequences,
+            table_width=-(-welcome.context // welcome.block_size),
+            hidden_size=welcome.hidden_size,
+            dtype=getattr(torch, welcome.dtype),
+        )
+        opened = self._ask(Open(blocks=blocks, step_tokens=step_tokens, sequences=sequences), Opened)
+        if opened.nbytes != layout.nbytes():
+            raise ProtocolError("The enclave lays out shared memory differently; use the same release on both sides.")
+        descriptor = self._descriptors.pop()
+        try:
+            self._arrays = SharedArrays(descriptor, layout)
+        finally:
+            os.close(descriptor)
+        self.layout = layout
+
+    def step(self, step: StepInput) -> torch.Tensor:
+        """Run one step; return hidden states [T, H], a view that the next step overwrites.
+
+        Raises:
+            EnclaveError: the enclave refuses the step, or is gone.
+        """
+        arrays = self._arrays
+        assert arrays is not None, "open a session first"
+        tokens, sequences = len(step.token_ids), len(step.seq_lens)
+        width = max(map(len, step.block_tables))
+        with self._lock:
+            arrays.token_ids[:tokens] = step.token_ids
+            arrays.query_start[0] = 0
+            arrays.query_start[1 : sequences + 1] = np.cumsum(step.new_tokens)
+            arrays.seq_lens[:sequences] = step.seq_lens
+            for row, table in enumerate(step.block_tables):
+                arrays.block_table[row, : len(table)] = table
+            if step.copies:
+                arrays.copies[: len(step.copies)] = step.copies
+            request = Step(tokens=tokens, sequences=sequences, width=width, copies=len(step.copies))
+            self._exchange(request, Stepped)
+            return arrays.hidden[:tokens]
+
+    def status(self) -> StatusIs:
+        """The enclave's counters."""
+        return self._ask(Status(), StatusIs)
+
+    def close(self) -> None:
+        """End the session; the enclave frees its KV cache."""
+        self._socket.close()
+
+    def _ask(self, request: BaseModel, expected: type[ReplyT]) -> ReplyT:
+        with self._lock:
+            return self._exchange(request, expected)
+
+    def _exchange(self, request: BaseModel, expected: type[ReplyT]) -> ReplyT:
+        try:
+            self._socket.sendall(encode_frame(dump(request)))
+            payload = self._receive()
+        except OSError:
+            raise EnclaveError(_GONE, "gone") from None
+        reply = parse(REPLY, payload)
+        if isinstance(reply, Failed):
+            raise EnclaveError(reply.message, reply.code)
+        if not isinstance(reply, expected):
+            raise ProtocolError(f"The enclave answered {type(request).__name__} with {type(reply).__name__}.")
+        return reply
+
+    def _receive(self) -> bytes:
+        while True:
+            data, descriptors, _, _ = socket.recv_fds(self._socket, 65536, 1)
+            self._descriptors += descriptors
+            if not data:
+                raise ConnectionResetError
+            for payload in self._decoder.feed(data):
+                return payload

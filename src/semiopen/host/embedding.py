@@ -1,0 +1,152 @@
+"""To the host's model, the enclave is the embedding layer: token ids in, states after the sealed prefix out."""
+
+import torch
+from torch import nn
+
+from semiopen.errors import EnclaveError
+from semiopen.host.client import EnclaveClient, StepInput
+from semiopen.host.sequences import BlockPool, Rows
+
+
+class EnclaveSession:
+    """One client's session with its pool of KV blocks; runs batches of any size in steps that fit."""
+
+    def __init__(self, client: EnclaveClient, kv_tokens: int, step_tokens: int = 2048, sequences: int = 256) -> None:
+        """Open a session.
+
+        Args:
+            client: a connected client.
+            kv_tokens: tokens that all running sequences together may hold.
+            step_tokens: tokens of one step; longer inputs are run in several.
+            sequences: sequences of one step.
+
+        Raises:
+            EnclaveError: the enclave has less to give.
+        """
+        self.client = client
+        welcome = client.welcome
+        self.step_tokens = min(step_tokens, welcome.max_step_tokens)
+        self.sequences = min(sequences, welcome.max_sequences)
+        blocks = min(-(-kv_tokens // welcome.block_size), welcome.max_blocks)
+        client.open(blocks=blocks, step_tokens=self.step_tokens, sequences=self.sequences)
+        self.pool = BlockPool(blocks, welcome.block_size)
+
+    def rows(self, count: int) -> Rows:
+        """Fresh, empty rows for a batch."""
+        return Rows(self.pool, count)
+
+    def run(self, input_ids: torch.Tensor, tokens: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Run a batch's next columns through the prefix.
+
+        Args:
+            input_ids: [B, S] token ids.
+            tokens: [B, S] bool, false for padding, which never enters the enclave.
+            rows: where the batch's sequences live; extended by S columns.
+
+        Returns:
+            States [B, S, H] in the enclave's dtype, zero at padding.
+
+        Raises:
+            ValueError: a token id outside the vocabulary.
+            EnclaveError: a sequence longer than the context, no KV blocks left, or the enclave is gone.
+        """
+        self._check(input_ids, tokens, rows)
+        welcome = self.client.welcome
+        states = torch.zeros(*input_ids.shape, welcome.hidden_size, dtype=getattr(torch, welcome.dtype))
+        packed = torch.empty(int(tokens.sum()), welcome.hidden_size, dtype=states.dtype)
+        done = 0
+        pieces: list[tuple[int, list[int]]] = []
+        waiting = 0
+        for row, (ids, real) in enumerate(zip(input_ids, tokens, strict=True)):
+            todo = ids[real].tolist()
+            while todo:
+                if waiting == self.step_tokens or len(pieces) == self.sequences:
+                    done = self._step(pieces, rows, packed, done)
+                    pieces, waiting = [], 0
+                piece, todo = todo[: self.step_tokens - waiting], todo[self.step_tokens - waiting :]
+                pieces.append((row, piece))
+                waiting += len(piece)
+        if pieces:
+            self._step(pieces, rows, packed, done)
+        states[tokens] = packed
+        rows.mask = torch.cat([rows.mask, tokens], dim=1)
+        return states
+
+    def run_once(self, input_ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Run a batch whose sequences are not continued; their KV blocks are free again afterwards.
+
+        Arguments, result and errors as for `run`; a batch larger than the KV cache is run in parts.
+        """
+        size = self.client.welcome.block_size
+        parts: list[torch.Tensor] = []
+        begin = 0
+        while begin < len(input_ids):
+            end, blocks = begin, 0
+            while end < len(input_ids):
+                blocks += -(-int(tokens[end].sum()) // size)
+                if end > begin and blocks > self.pool.free:
+                    break
+                end += 1
+            parts.append(self.run(input_ids[begin:end], tokens[begin:end], self.rows(end - begin)))
+            begin = end
+        return torch.cat(parts)
+
+    def _check(self, input_ids: torch.Tensor, tokens: torch.Tensor, rows: Rows) -> None:
+        welcome = self.client.welcome
+        ids = input_ids[tokens]
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= welcome.vocab_size):
+            raise ValueError(
+                f"A token id is outside the vocabulary of {welcome.vocab_size}; use the tokenizer of this bundle."
+            )
+        longest = int((tokens.sum(dim=1) + torch.tensor(rows.lengths)).max())
+        if longest > welcome.context:
+            raise EnclaveError(
+                f"A sequence of {longest} tokens is longer than this model's context of {welcome.context}; "
+                "shorten the prompt.",
+                "context",
+            )
+
+    def _step(self, pieces: list[tuple[int, list[int]]], rows: Rows, packed: torch.Tensor, done: int) -> int:
+        copies: list[tuple[int, int]] = []
+        for row, ids in pieces:
+            copies += rows.grow(row, len(ids))
+        step = StepInput(
+            token_ids=[token for _, ids in pieces for token in ids],
+            new_tokens=[len(ids) for _, ids in pieces],
+            seq_lens=[rows.lengths[row] + len(ids) for row, ids in pieces],
+            block_tables=[rows.tables[row] for row, _ in pieces],
+            copies=copies,
+        )
+        end = done + len(step.token_ids)
+        packed[done:end] = self.client.step(step)
+        for row, ids in pieces:
+            rows.added(row, len(ids))
+        return end
+
+
+class EnclaveEmbedding(nn.Module):
+    """Stands where the model's token embedding stood. Holds no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.session: EnclaveSession | None = None
+
+    def forward(
+        self, input_ids: torch.Tensor, tokens: torch.Tensor | None = None, rows: Rows | None = None
+    ) -> torch.Tensor:
+        """Return states after the sealed prefix.
+
+        Args:
+            input_ids: [B, S] token ids, on any device.
+            tokens: [B, S] bool, false for padding; all tokens when None.
+            rows: sequences to continue; without, each row is a sequence of its own that ends here.
+
+        Returns:
+            States [B, S, H] on the device of `input_ids`.
+        """
+        if self.session is None:
+            raise EnclaveError("This model has no enclave; load it with semiopen.load or AutoModelForCausalLM.")
+        ids = input_ids.cpu()
+        real = torch.ones_like(ids, dtype=torch.bool) if tokens is None else tokens.cpu()
+        states = self.session.run_once(ids, real) if rows is None else self.session.run(ids, real, rows)
+        return states.to(input_ids.device)

@@ -1,0 +1,120 @@
+"""Opening a bundle on the host: start or find the enclave, verify the files, build the model around it."""
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from semiopen.auto_classes import SemiopenConfig
+from semiopen.bundle.keys import load_vendor_key
+from semiopen.bundle.manifest import MANIFEST_NAME
+from semiopen.bundle.reader import VerifiedBundle, read_files
+from semiopen.errors import BundleError, EnclaveError
+from semiopen.host.client import EnclaveClient
+from semiopen.host.embedding import EnclaveSession
+from semiopen.host.enclave_process import EnclaveProcess
+from semiopen.host.modeling import host_class
+from semiopen.model.split import causal_lm_class
+
+ENCLAVE_SETTING = "SEMIOPEN_ENCLAVE"  # environment variable: socket of a running enclave
+DEFAULT_KV_TOKENS = 1 << 16
+
+
+def load(
+    bundle: str | Path,
+    keys: str | Path | None = None,
+    enclave: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    kv_tokens: int = DEFAULT_KV_TOKENS,
+    threads: int = 0,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Open a bundle as a transformers model whose embedding is the enclave.
+
+    Args:
+        bundle: folder of the bundle.
+        keys: key folder; starts a dev enclave (not a TEE) that ends with the model.
+        enclave: socket of a running enclave instead, default the environment variable SEMIOPEN_ENCLAVE.
+        dtype: dtype of open blocks and enclave; the bundle's own when None.
+        kv_tokens: tokens that all running sequences together may hold in the enclave.
+        threads: CPU threads of a dev enclave started here; 0 for torch's choice.
+        kwargs: for transformers' `from_pretrained`, such as `device_map` or `attn_implementation`.
+
+    Returns:
+        A model of the family, with `generate`. `model.enclave.session` is its session in the enclave.
+
+    Raises:
+        BundleError: a file of the bundle is not what the vendor signed.
+        EnclaveError: no enclave, or it refuses.
+        KeyFolderError: the keys are not usable.
+    """
+    folder = Path(bundle)
+    if not (folder / MANIFEST_NAME).is_file():
+        raise BundleError(f"{folder} has no {MANIFEST_NAME}, so it is not a bundle; make one with 'semiopen seal'.")
+    enclave = enclave or (None if keys else os.environ.get(ENCLAVE_SETTING))
+    if (keys is None) == (enclave is None):
+        raise EnclaveError(
+            "Say how to reach the enclave: keys=FOLDER starts a dev enclave; enclave=SOCKET, or the environment "
+            f"variable {ENCLAVE_SETTING}, names one that 'semiopen enclave' started."
+        )
+    with contextlib.ExitStack() as cleanup:
+        process = None
+        if keys is not None:
+            vendor_key = load_vendor_key(Path(keys))
+            name = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+            process = EnclaveProcess(folder, Path(keys), name, threads)  # type: ignore[arg-type]
+            cleanup.callback(process.close)
+            verified = read_files(folder, vendor_key)  # while the enclave loads
+            model = _build(folder, dtype, kwargs)
+            process.wait_ready()
+            client = EnclaveClient(process.socket_path)
+        else:
+            assert enclave is not None
+            client = EnclaveClient(enclave)
+            verified = read_files(folder, client.welcome.bundle_digest)
+            model = _build(folder, dtype, kwargs)
+        cleanup.callback(client.close)
+        _check_match(client, verified, model)
+        model.enclave.session = EnclaveSession(client, kv_tokens)  # type: ignore[union-attr]
+        closer = cleanup.pop_all().close
+        weakref.finalize(model, closer)
+    return model
+
+
+def _build(folder: Path, dtype: torch.dtype | str | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+    config = SemiopenConfig.from_pretrained(folder).text_config
+    with _quiet():
+        model = host_class(causal_lm_class(config)).from_pretrained(
+            folder, config=config, dtype=dtype if dtype is not None else config.dtype, **kwargs
+        )
+    model.config.name_or_path = str(folder)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' loading bar, which says nothing about this model's parts."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _check_match(client: EnclaveClient, verified: VerifiedBundle, model: PreTrainedModel) -> None:
+    welcome = client.welcome
+    if welcome.bundle_digest != verified.digest:
+        raise EnclaveError("The enclave holds another bundle; start one with this bundle.")
+    wanted = str(model.dtype).removeprefix("torch.")
+    if welcome.dtype != wanted:
+        raise EnclaveError(
+            f"The enclave computes in {welcome.dtype}, this model in {wanted}; give both the same dtype."
+        )

@@ -1,0 +1,167 @@
+"""The host's model: an ordinary transformers model of the family, whose embedding is the enclave.
+
+One hook on the decoder turns token ids into states from the enclave and keeps the enclave's sequences in step
+with the transformers cache. What cannot be answered exactly is refused here, in a sentence.
+"""
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from semiopen.errors import UnsupportedCallError
+from semiopen.host.cache import FollowsEnclave, follow
+from semiopen.host.embedding import EnclaveEmbedding
+from semiopen.host.sequences import Rows
+from semiopen.model.families import FAMILIES
+
+
+class _NoPositions(nn.Module):
+    """Stands where a learned position embedding stood: the enclave has added it already."""
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Return zeros that broadcast over [B, S, H]."""
+        return torch.zeros(*position_ids.shape, 1, device=position_ids.device)
+
+
+class SemiopenModel:
+    """What the host's model class has beside its family's class."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        family = FAMILIES[config.model_type]
+        decoder: nn.Module = self.base_model  # type: ignore[attr-defined]
+        setattr(decoder, family.embedding, EnclaveEmbedding())
+        if family.positions:
+            setattr(decoder, family.positions, _NoPositions())
+        if family.dropout:
+            setattr(decoder, family.dropout, nn.Identity())
+        signature = inspect.signature(decoder.forward)
+        decoder.register_forward_pre_hook(functools.partial(_run_prefix, signature), with_kwargs=True)
+
+    @property
+    def enclave(self) -> EnclaveEmbedding:
+        """The embedding that is the enclave."""
+        return self.get_input_embeddings()  # type: ignore[attr-defined]
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: without its sealed prefix the folder would not be a model."""
+        raise UnsupportedCallError(
+            "A bundle's open blocks alone are not a model, so they cannot be saved as one; save an adapter instead."
+        )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: the embedding is sealed."""
+        raise UnsupportedCallError("The token embedding is sealed and cannot be resized; keep the bundle's tokenizer.")
+
+
+@functools.cache
+def host_class(family_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The host's version of a transformers causal language model class."""
+    # Nothing is tied: the embedding is in the enclave, and the bundle stores the head by itself.
+    body = {"__module__": __name__, "_tied_weights_keys": {}, "config_class": family_class.config_class}
+    return type(f"Semiopen{family_class.__name__}", (SemiopenModel, family_class), body)
+
+
+def _run_prefix(
+    signature: inspect.Signature, decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook: replace `input_ids` by states from the enclave."""
+    call = signature.bind(*args, **kwargs).arguments
+    call.update(call.pop("kwargs", {}))
+    input_ids = call.pop("input_ids", None)
+    if input_ids is None or call.get("inputs_embeds") is not None:
+        raise UnsupportedCallError("The embedding is sealed: pass input_ids, not inputs_embeds.")
+    if call.get("token_type_ids") is not None:
+        raise UnsupportedCallError("token_type_ids are not supported with a sealed embedding; leave them out.")
+    use_cache = call.get("use_cache")
+    if use_cache is None:
+        use_cache = decoder.config.use_cache
+    cache = call.get("past_key_values")
+    if decoder.training and decoder.is_gradient_checkpointing:
+        use_cache, cache = False, None
+    if cache is None and use_cache:
+        cache = DynamicCache(config=decoder.config)
+    embedding: EnclaveEmbedding = decoder.get_input_embeddings()
+    rows = None
+    if cache is not None:
+        if not isinstance(cache, FollowsEnclave):
+            if embedding.session is None:
+                embedding(input_ids)  # says how to load the model
+            follow(cache, embedding.session.rows(len(input_ids)))  # type: ignore[union-attr]
+        rows = cache.enclave_rows  # type: ignore[union-attr]
+        _check_in_step(cache, rows, input_ids, embedding)
+    tokens = _tokens(call.get("attention_mask"), input_ids, rows)
+    _check_positions(call.get("position_ids"), tokens, rows, _needs_absolute_positions(decoder.config))
+    call["inputs_embeds"] = embedding(input_ids, tokens, rows).to(decoder.dtype)
+    call["past_key_values"] = cache
+    call["use_cache"] = use_cache
+    return (), call
+
+
+def _check_in_step(cache: Any, rows: Rows, input_ids: torch.Tensor, embedding: EnclaveEmbedding) -> None:
+    if embedding.session is None or rows.pool is not embedding.session.pool:
+        raise UnsupportedCallError("This cache belongs to another model or enclave; start with an empty one.")
+    if len(rows.tables) != len(input_ids) or int(cache.get_seq_length()) != rows.columns:
+        raise UnsupportedCallError(
+            "The cache was changed in a way that the enclave did not see; change it only through crop, reset, "
+            "reorder_cache and the batch_ methods, or start with an empty one."
+        )
+
+
+def _tokens(mask: Any, input_ids: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+    """Which of the new columns are tokens, [B, S] bool on the CPU."""
+    past = rows.columns if rows is not None else 0
+    batch, new = input_ids.shape
+    if mask is None:
+        full = torch.ones(batch, past + new, dtype=torch.bool)
+    elif not isinstance(mask, torch.Tensor) or mask.shape != (batch, past + new):
+        raise UnsupportedCallError(
+            f"The attention mask must have one entry per token, here ({batch}, {past + new}); prepared or "
+            "four-dimensional masks do not reach the sealed blocks."
+        )
+    else:
+        full = mask.cpu() != 0
+    if rows is not None and not torch.equal(full[:, :past], rows.mask):
+        raise UnsupportedCallError(
+            "The attention mask hides or shows other past tokens than when they were run; pass the same mask, extended."
+        )
+    return full[:, past:]
+
+
+def _check_positions(position_ids: Any, tokens: torch.Tensor, rows: Rows | None, absolute: bool) -> None:
+    """Refuse position ids that the enclave, which counts each row's tokens itself, would not reproduce.
+
+    Rotary models see only differences of positions, so a row may be shifted as a whole; models with learned
+    positions, and rotary scalings that look at absolute positions, may not.
+    """
+    past = rows.columns if rows is not None else 0
+    batch, new = tokens.shape
+    if position_ids is None:
+        position_ids = torch.arange(past, past + new)[None]
+    if position_ids.ndim != 2 or position_ids.shape[1] != new:
+        raise UnsupportedCallError("position_ids must have one entry per token.")
+    given = position_ids.cpu().expand(batch, new)
+    for row in range(batch):
+        real = given[row][tokens[row]]
+        if not len(real):
+            continue
+        held = rows.lengths[row] if rows is not None else 0
+        ahead = real - torch.arange(held, held + len(real))
+        expected = rows.offsets[row] if rows is not None else None
+        first = int(ahead[0]) if expected is None else expected
+        if (ahead != first).any() or (absolute and first != 0):
+            raise UnsupportedCallError(
+                "position_ids must count each row's tokens one by one, from 0 where padding is not counted "
+                "(attention_mask.cumsum(-1) - 1, as generate does)."
+            )
+        if rows is not None:
+            rows.offsets[row] = first
+
+
+def _needs_absolute_positions(config: PreTrainedConfig) -> bool:
+    rope = str(getattr(config, "rope_parameters", None) or "")
+    return bool(FAMILIES[config.model_type].positions) or "longrope" in rope

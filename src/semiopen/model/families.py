@@ -1,0 +1,49 @@
+"""The decoder families that can be split exactly, with the module names that splitting needs.
+
+A family is listed only when `tests/test_families.py` shows its split equal to the original. Facts are keyed by
+transformers' `model_type`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of a decoder's children in transformers; all other facts come from its config.
+
+    Attributes:
+        embedding: token embedding.
+        layers: list of decoder blocks.
+        norm: final norm, which belongs to the head.
+        positions: learned absolute position embedding, sealed with the token embedding; None for rotary models.
+        dropout: dropout between embedding and first block, which the host must not apply twice.
+        heads: names under which checkpoints store the output projection.
+    """
+
+    embedding: str = "embed_tokens"
+    layers: str = "layers"
+    norm: str = "norm"
+    positions: str | None = None
+    dropout: str | None = None
+    heads: tuple[str, ...] = ("lm_head",)
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma2": Family(),
+    "gemma3_text": Family(),
+    "phi3": Family(),
+    "olmo2": Family(),
+    "mixtral": Family(),
+    "qwen3_moe": Family(),
+    "gpt2": Family(embedding="wte", layers="h", norm="ln_f", positions="wpe", dropout="drop"),
+    "gpt_neox": Family(
+        embedding="embed_in", norm="final_layer_norm", dropout="emb_dropout", heads=("lm_head", "embed_out")
+    ),
+}
+
+# Per-layer settings of a config, one entry per block, which are cut where the blocks are cut.
+PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")

@@ -1,0 +1,192 @@
+"""Splitting one decoder into prefix, blocks and head: configs and tensor names, for every family alike.
+
+The prefix is a model of the same family with the bottom n blocks; the host's model is one with the other L - n
+blocks, numbered from 0 again. Everything that depends on a block's position in the stack is therefore cut or
+shifted here, and nowhere else.
+"""
+
+import copy
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from semiopen.errors import UnsupportedModelError
+from semiopen.model.families import FAMILIES, PER_LAYER_LISTS, Family
+
+
+class Part(Enum):
+    """Where a checkpoint tensor goes."""
+
+    SEALED = "sealed"
+    OPEN = "open"
+    TIED = "tied"  # token embedding that also is the open head: sealed copy for the enclave, open copy for the head
+    DROPPED = "dropped"  # recomputed from the config when a model is built
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Part of a tensor, and its name in the open checkpoint where it is part of that."""
+
+    part: Part
+    open_name: str | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one model is cut. `prefix_config` and `host_config` are complete configs of the family."""
+
+    architecture: str
+    family: Family
+    base: str
+    num_layers: int
+    prefix: int
+    tied: bool
+    prefix_config: PreTrainedConfig
+    host_config: PreTrainedConfig
+
+    def place(self, name: str) -> Placement:
+        """Decide where the checkpoint tensor `name` goes; what is not known is refused, never left open.
+
+        Raises:
+            UnsupportedModelError: the name belongs to no part of this family.
+        """
+        family = self.family
+        local = name.removeprefix(f"{self.base}.")
+        if match := re.fullmatch(rf"{family.layers}\.(\d+)\.(.+)", local):
+            index = int(match[1])
+            if index >= self.num_layers:
+                raise UnsupportedModelError(f"Tensor {name!r} names a block that config.json does not have.")
+            if index < self.prefix:
+                return Placement(Part.SEALED)
+            lead = name[: len(name) - len(local)]
+            return Placement(Part.OPEN, f"{lead}{family.layers}.{index - self.prefix}.{match[2]}")
+        if local == f"{family.embedding}.weight":
+            return Placement(Part.TIED, "lm_head.weight") if self.tied else Placement(Part.SEALED)
+        if family.positions and local == f"{family.positions}.weight":
+            return Placement(Part.SEALED)
+        if local.startswith(f"{family.norm}."):
+            return Placement(Part.OPEN, name)
+        if any(name.startswith(f"{head}.") for head in family.heads):
+            # A tied checkpoint may store the head as well; the embedding already provides it.
+            return Placement(Part.DROPPED) if self.tied else Placement(Part.OPEN, name)
+        if local.startswith("rotary_emb."):
+            return Placement(Part.DROPPED)
+        raise UnsupportedModelError(
+            f"Tensor {name!r} is not part of a known {self.architecture}; this checkpoint cannot be split safely."
+        )
+
+
+def check_supported(config: PreTrainedConfig) -> Family:
+    """Return the family of `config`.
+
+    Raises:
+        UnsupportedModelError: the architecture, or a setting of it, cannot be split exactly.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"Model type {config.model_type!r} cannot be sealed; supported are: {', '.join(sorted(FAMILIES))}."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError("The checkpoint is quantised; seal the full-precision checkpoint instead.")
+    for setting, why in _UNSUPPORTED_SETTINGS.items():
+        if getattr(config, setting, None):
+            raise UnsupportedModelError(f"A model with {setting} set cannot be split exactly: {why}.")
+    if "dynamic" in _rope_types(config):
+        raise UnsupportedModelError("Rotary type 'dynamic' cannot be split exactly: it depends on the whole batch.")
+    return family
+
+
+_UNSUPPORTED_SETTINGS = {
+    "scale_attn_by_inverse_layer_idx": "blocks use their absolute number",
+    "reorder_and_upcast_attn": "its attention bypasses transformers' attention interface",
+    "add_cross_attention": "it is not a decoder-only model",
+    "use_bidirectional_attention": "its attention is not causal",
+}
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    return {str(entry.get("rope_type", "default")) for entry in nested}
+
+
+def split_config(config: PreTrainedConfig, prefix: int) -> Split:
+    """Cut a full model's config after `prefix` blocks.
+
+    Args:
+        config: config of the whole model, as `AutoConfig.from_pretrained` gives it.
+        prefix: blocks to seal, 0..num_hidden_layers.
+
+    Raises:
+        UnsupportedModelError: see `check_supported`.
+        ValueError: prefix out of range.
+    """
+    family = check_supported(config)
+    num_layers = config.num_hidden_layers
+    if not 0 <= prefix <= num_layers:
+        raise ValueError(f"Prefix {prefix} is out of range; the model has {num_layers} blocks.")
+    model_class = causal_lm_class(config)
+    tied = bool(config.tie_word_embeddings)
+    host = cut_layers(config, prefix, num_layers)
+    host.tie_word_embeddings = False
+    prefix_config = cut_layers(config, 0, prefix)
+    prefix_config.tie_word_embeddings = False
+    for part in (host, prefix_config):
+        part.architectures = [model_class.__name__]
+    return Split(
+        architecture=model_class.__name__,
+        family=family,
+        base=model_class.base_model_prefix,
+        num_layers=num_layers,
+        prefix=prefix,
+        tied=tied,
+        prefix_config=prefix_config,
+        host_config=host,
+    )
+
+
+def cut_layers(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedConfig:
+    """Return a copy of `config` for blocks [start, stop), renumbered from 0."""
+    total = config.num_hidden_layers
+    part = copy.deepcopy(config)
+    values = {name: getattr(config, name, None) for name in PER_LAYER_LISTS}
+    sparse = _sparse_blocks(config)
+    part.num_hidden_layers = stop - start
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) == total:
+            setattr(part, name, value[start:stop])
+    if sparse is not None:
+        part.decoder_sparse_step = 1
+        part.mlp_only_layers = [i for i in range(stop - start) if i + start not in sparse]
+    return part
+
+
+def _sparse_blocks(config: PreTrainedConfig) -> set[int] | None:
+    """Blocks with experts in a Qwen MoE, whose config names them by absolute number; None in other families."""
+    step = getattr(config, "decoder_sparse_step", None)
+    if step is None:
+        return None
+    dense = set(getattr(config, "mlp_only_layers", None) or ())
+    return {i for i in range(config.num_hidden_layers) if i not in dense and (i + 1) % step == 0}
+
+
+def causal_lm_class(config: PreTrainedConfig) -> type:
+    """The transformers class that runs a whole model of this config."""
+    return AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def config_from_dict(data: dict) -> PreTrainedConfig:
+    """Rebuild a config that was stored with `to_dict`; never runs code from the folder it came from."""
+    data = dict(data)
+    return AutoConfig.for_model(data.pop("model_type"), **data)
+
+
+def parameter_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of a whole model's parameters in `dtype`, counted without allocating them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters()) * dtype.itemsize

@@ -1,0 +1,89 @@
+"""The shared memory of one session: where token ids go in and hidden states come out.
+
+Both sides compute the same layout from the numbers agreed in `Welcome` and `Open`. All integers are int32 in
+native byte order (one machine). Legend: T step tokens, S sequences, W block-table columns, H hidden size.
+
+    token_ids    [T]        the tokens of all sequences, one after the other
+    query_start  [S + 1]    where each sequence's tokens begin in token_ids; the last entry is their number
+    seq_lens     [S]        tokens each sequence holds after this step
+    block_table  [S, W]     KV blocks of each sequence, in order
+    copies       [S, 2]     KV blocks to copy before the step: from, to
+    hidden       [T, H]     states after the sealed prefix, in the enclave's dtype
+
+The enclave creates this memory and forbids resizing it, so that a host cannot make it fault by truncation.
+"""
+
+import fcntl
+import mmap
+import os
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+
+_ALIGN = 4096  # each region starts on a page of its own
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of one session's shared memory."""
+
+    step_tokens: int
+    sequences: int
+    table_width: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    def regions(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each region, in order of their offsets."""
+        return {
+            "token_ids": (self.step_tokens,),
+            "query_start": (self.sequences + 1,),
+            "seq_lens": (self.sequences,),
+            "block_table": (self.sequences, self.table_width),
+            "copies": (self.sequences, 2),
+            "hidden": (self.step_tokens, self.hidden_size),
+        }
+
+    def nbytes(self) -> int:
+        """Size of the whole mapping in bytes."""
+        return sum(_padded(prod(shape) * self._itemsize(name)) for name, shape in self.regions().items())
+
+    def _itemsize(self, name: str) -> int:
+        return self.dtype.itemsize if name == "hidden" else 4
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN) * _ALIGN
+
+
+class SharedArrays:
+    """A mapping of a session's shared memory, as numpy arrays and one torch tensor (`hidden`)."""
+
+    def __init__(self, fd: int, layout: Layout) -> None:
+        self.layout = layout
+        self._map = mmap.mmap(fd, layout.nbytes())
+        offset = 0
+        arrays: dict[str, np.ndarray] = {}
+        for name, shape in layout.regions().items():
+            size = prod(shape)
+            if name == "hidden":
+                self.hidden = torch.frombuffer(self._map, dtype=layout.dtype, count=size, offset=offset).view(shape)
+            else:
+                arrays[name] = np.frombuffer(self._map, dtype=np.int32, count=size, offset=offset).reshape(shape)
+            offset += _padded(size * layout._itemsize(name))
+        self.token_ids = arrays["token_ids"]
+        self.query_start = arrays["query_start"]
+        self.seq_lens = arrays["seq_lens"]
+        self.block_table = arrays["block_table"]
+        self.copies = arrays["copies"]
+
+
+def create_shared_memory(layout: Layout) -> int:
+    """Create the memory of a session and return its descriptor, sealed against any change of size."""
+    fd = os.memfd_create("semiopen-channel", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, layout.nbytes())
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    return fd

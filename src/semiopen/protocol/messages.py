@@ -1,0 +1,168 @@
+"""The door: every message that may cross the trust boundary, and nothing else.
+
+Control messages are JSON, parsed strictly into the types below; unknown fields, kinds and types are refused.
+Tensors never travel here: they lie in the shared memory described by `channel`, whose descriptor comes with
+`Opened`. One request, one reply, in order; a reply is the one named for the request, or `Failed`.
+
+    request   reply       meaning
+    Hello     Welcome     who are you, what do you hold
+    Open      Opened      give me a KV cache of so many blocks, and the shared memory to talk through
+    Step      Stepped     run the tokens that lie in shared memory through the sealed prefix
+    Status    StatusIs    how busy are you
+
+A process that provides an enclave with its key sends `Provision` on the enclave's standard input, behind the
+32 raw bytes of the sealing key, and gets `Ready` or `Failed` on its standard output; this happens once.
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from semiopen.errors import ProtocolError
+
+MessageT = TypeVar("MessageT")
+_MAX_COUNT = 2**31 - 1
+Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
+Positive = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Hello(_Message):
+    """First message of a client."""
+
+    kind: Literal["hello"] = "hello"
+
+
+class Welcome(_Message):
+    """What this enclave is and holds. `enclave` says in words what protects it."""
+
+    kind: Literal["welcome"] = "welcome"
+    enclave: str
+    measures: list[str]
+    bundle_digest: str
+    prefix: Count
+    dtype: DType
+    hidden_size: Positive
+    vocab_size: Positive
+    context: Positive
+    block_size: Positive
+    max_blocks: Positive
+    max_step_tokens: Positive
+    max_sequences: Positive
+
+
+class Open(_Message):
+    """Ask for a session: a KV cache of `blocks` blocks and shared memory for steps up to the given sizes."""
+
+    kind: Literal["open"] = "open"
+    blocks: Positive
+    step_tokens: Positive
+    sequences: Positive
+
+
+class Opened(_Message):
+    """The session is there; the descriptor of its shared memory (`nbytes` long) comes with this frame."""
+
+    kind: Literal["opened"] = "opened"
+    nbytes: Positive
+
+
+class Step(_Message):
+    """Run `tokens` tokens of `sequences` sequences, after copying `copies` KV blocks.
+
+    `width` is the number of block-table columns in use. The arrays themselves are in shared memory.
+    """
+
+    kind: Literal["step"] = "step"
+    tokens: Positive
+    sequences: Positive
+    width: Positive
+    copies: Count
+
+
+class Stepped(_Message):
+    """The hidden states of `tokens` tokens lie in shared memory; the prefix took `compute_us` microseconds."""
+
+    kind: Literal["stepped"] = "stepped"
+    tokens: Positive
+    compute_us: Count
+
+
+class Status(_Message):
+    """Ask for counters. Needs no session."""
+
+    kind: Literal["status"] = "status"
+
+
+class StatusIs(_Message):
+    """Counters since start; `blocks` are KV blocks reserved by open sessions."""
+
+    kind: Literal["status_is"] = "status_is"
+    sessions: Count
+    blocks: Count
+    steps: Count
+    tokens: Count
+    refused: Count
+
+
+FailureCode = Literal[
+    "frame", "message", "order", "limit", "shape", "token", "context", "block", "position", "start", "internal"
+]
+
+
+class Failed(_Message):
+    """A refusal. `code` is for programs, `message` for people; neither carries data of any party."""
+
+    kind: Literal["failed"] = "failed"
+    code: FailureCode
+    message: str
+
+
+class Provision(_Message):
+    """What an enclave is started with, beside the sealing key. `vendor_key` is a PEM public key."""
+
+    kind: Literal["provision"] = "provision"
+    bundle: str
+    vendor_key: str
+    dtype: DType | None
+    threads: Count
+    max_blocks: Positive
+
+
+class Ready(_Message):
+    """The enclave has loaded its bundle and accepts clients."""
+
+    kind: Literal["ready"] = "ready"
+
+
+Request = Annotated[Hello | Open | Step | Status, Field(discriminator="kind")]
+Reply = Annotated[Welcome | Opened | Stepped | StatusIs | Failed, Field(discriminator="kind")]
+StartReply = Annotated[Ready | Failed, Field(discriminator="kind")]
+
+REQUEST: TypeAdapter[Hello | Open | Step | Status] = TypeAdapter(Request)
+REPLY: TypeAdapter[Welcome | Opened | Stepped | StatusIs | Failed] = TypeAdapter(Reply)
+START_REPLY: TypeAdapter[Ready | Failed] = TypeAdapter(StartReply)
+PROVISION: TypeAdapter[Provision] = TypeAdapter(Provision)
+
+
+def parse(adapter: TypeAdapter[MessageT], payload: bytes) -> MessageT:
+    """Parse one untrusted payload into a typed message.
+
+    Raises:
+        ProtocolError: not JSON, not a known kind, or a field is missing, extra or out of range.
+    """
+    try:
+        return adapter.validate_json(payload)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "message"
+        raise ProtocolError(f"The message is malformed at {where!r} ({first['type']}).") from None
+
+
+def dump(message: BaseModel) -> bytes:
+    """Serialise a message to the payload of a frame."""
+    return message.model_dump_json().encode()

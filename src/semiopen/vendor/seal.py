@@ -1,0 +1,191 @@
+"""Sealing: one pass over a checkpoint that writes a bundle, shard by shard."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
+
+import semiopen
+from semiopen.bundle.keys import load_sealing_key, load_signing_key
+from semiopen.bundle.manifest import Manifest
+from semiopen.bundle.writer import BundleWriter
+from semiopen.errors import SemiopenError, UnsupportedModelError
+from semiopen.model.plan import plan_for
+from semiopen.model.split import Part, Split, check_supported, split_config
+
+# Beside weights and config: what a hub folder holds that its users need. Everything else stays at the vendor.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+    "README.md",
+    "LICENSE*",
+)
+
+Progress = Callable[[str, int, int], None]  # what is done, bytes done, bytes in all
+
+
+def seal(
+    model: str | Path,
+    out: str | Path,
+    keys: str | Path,
+    prefix: int | None = None,
+    preset: str | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Seal a decoder model into a bundle.
+
+    Peak memory is about one shard of the checkpoint plus the sealed part. Tensors keep their dtype, bit for bit.
+
+    Args:
+        model: a folder with config.json and safetensors, or a hub id.
+        out: folder of the bundle; must not exist.
+        keys: key folder of the vendor, made by `semiopen keygen`.
+        prefix: decoder blocks to seal, from the bottom; the token embedding is always sealed.
+        preset: name of a plan instead of `prefix`; "bottom" when neither is given.
+        progress: called as work goes on.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        UnsupportedModelError: the model cannot be split exactly.
+        SemiopenError: the model folder or the keys are not usable.
+        ValueError: prefix or preset out of range.
+    """
+    folder = find_model(model)
+    config = _read_config(folder)
+    split = split_config(config, plan_for(config.num_hidden_layers, prefix, preset).prefix)
+    plan = plan_for(config.num_hidden_layers, prefix, preset)
+    shards = weight_files(folder)
+    report = progress or (lambda what, done, total: None)
+    total = sum(shard.stat().st_size for shard in shards)
+    writer = BundleWriter(
+        Path(out), sealing_key=load_sealing_key(Path(keys)), signing_key=load_signing_key(Path(keys))
+    )
+    with writer:
+        writer.add_file("config.json", bundle_config(split))
+        for path in _companions(folder):
+            writer.add_file(path.name, path.read_bytes())
+        sealed: dict[str, torch.Tensor] = {}
+        done = 0
+        for shard in shards:
+            opened = {}
+            for name, tensor in _tensors(shard):
+                placement = split.place(name)
+                if placement.part in (Part.SEALED, Part.TIED):
+                    sealed[name] = tensor
+                if placement.open_name is not None:
+                    opened[placement.open_name] = tensor
+            if opened:
+                writer.add_open_shard(opened)
+            done += shard.stat().st_size
+            report("sealing", done, total)
+        _check_complete(split, sealed)
+        writer.add_sealed(sealed)
+        return writer.finish(
+            plan=plan,
+            architecture=split.architecture,
+            num_layers=split.num_layers,
+            open_embedding=split.tied,
+            created_by=f"semiopen {semiopen.__version__}",
+            progress=lambda done, total: report("signing", done, total),
+        )
+
+
+def find_model(model: str | Path) -> Path:
+    """Return the local folder of a model: `model` itself, or the snapshot of a hub id.
+
+    Raises:
+        SemiopenError: neither a folder nor a model that the hub gives.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", *_COMPANIONS]))
+    except Exception as error:
+        raise SemiopenError(
+            f"{str(model)!r} is neither a folder here nor a model that the hub gives ({type(error).__name__}); "
+            "give the path of a model folder."
+        ) from error
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise SemiopenError(f"{folder} has no config.json; give the folder of a transformers model.")
+    data = json.loads((folder / "config.json").read_bytes())
+    if "sealed" in data or data.get("model_type") == "semiopen":
+        raise UnsupportedModelError(f"{folder} is a bundle already; seal the original model.")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError):
+        raise UnsupportedModelError(
+            f"Model type {data.get('model_type')!r} of {folder} is not known to transformers; it cannot be sealed."
+        ) from None
+    check_supported(config)
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in order.
+
+    Raises:
+        SemiopenError: there are none, or one that the index names is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise SemiopenError(f"{folder} lacks {missing[0]}, which its index names; fetch the model again.")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    other = "; convert its .bin files to safetensors first" if list(folder.glob("*.bin")) else ""
+    raise SemiopenError(f"{folder} has no weights in safetensors{other or '; give a complete model folder'}.")
+
+
+def _tensors(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise SemiopenError(f"{shard} is damaged ({error}); fetch the model again.") from None
+
+
+def _companions(folder: Path) -> list[Path]:
+    found = {path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.suffix != ".safetensors")
+
+
+def bundle_config(split: Split) -> bytes:
+    """config.json of a bundle: both halves' configs under a model type that only semiopen opens.
+
+    A plain family config would let transformers load the open blocks with a random embedding, without a word.
+    """
+    config = {
+        "model_type": "semiopen",
+        "architectures": ["SemiopenForCausalLM"],
+        "dtype": split.host_config.to_dict().get("dtype"),
+        "text_config": split.host_config.to_dict(),
+        "prefix_config": split.prefix_config.to_dict(),
+    }
+    return json.dumps(config, indent=1).encode() + b"\n"
+
+
+def _check_complete(split: Split, sealed: dict[str, torch.Tensor]) -> None:
+    wanted = [f"{split.family.layers}.{block}." for block in range(split.prefix)]
+    wanted += [f"{name}.weight" for name in (split.family.embedding, split.family.positions) if name]
+    for part in wanted:
+        if not any(name.removeprefix(f"{split.base}.").startswith(part) for name in sealed):
+            raise SemiopenError(f"The checkpoint has no tensor {part}*; fetch the model again.")
