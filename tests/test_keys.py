@@ -86,17 +86,14 @@ def test_private_files_that_others_can_reach_are_refused(folder, name, open_mode
 def test_a_missing_or_broken_file_is_named_and_its_content_is_not(folder, name, load):
     path = folder / name
     secret = path.read_bytes()
-    for content in (
-        secret[:-9],
-        b"",
-        b"deadbeef" * 7 + b"SECRETSECRET",
-        b"\xff" * 64,
-        secret[:40] + b"*" + secret[41:],
-    ):
+    no_digit = secret[:40] + b"*" + secret[41:]
+    for content in (secret[:-9], b"", b"deadbeef" * 7 + b"SECRETSECRET", b"\xff" * 64, no_digit):
         path.write_bytes(content)
         with pytest.raises(KeyFolderError, match=name) as caught:
             load(folder)
-        assert content.decode("latin-1").strip()[:8] not in str(caught.value) or not content
+        message = str(caught.value)
+        lines = content.decode("latin-1").split("\n")
+        assert not any(line[:8] in message for line in lines if line)
         assert caught.value.__cause__ is None
         assert caught.value.__suppress_context__
     path.unlink()

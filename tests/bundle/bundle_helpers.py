@@ -50,7 +50,7 @@ FILES = {
     "config.json": b'{"model_type": "llama"}',
     "tokenizer.json": b"{}",
     "LICENSE": b"ask us",
-    "extra/note.txt": b"x",
+    "extra/note.txt": b"read me",
 }
 
 

@@ -173,11 +173,11 @@ def test_the_helper_makes_valid_signatures(vendor):
     assert result.payload_digest == hashlib.sha256(payload).hexdigest()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["/etc/passwd", "../a", "a/../b", "a/..", ".", "..", "", "a//b", "a/", "./a", "a\\b", "a\x00b", "a\nb", "\ud800",
-     "model.sig"],
-)  # fmt: skip
+ODD_NAMES = ["/etc/passwd", "../a", "a/../b", "a/..", ".", "..", "", "a//b", "a/", "./a", "a\\b"]
+ODD_NAMES += ["a\x00b", "a\nb", "\ud800", "model.sig"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
 def test_paths_that_leave_the_folder_or_are_not_plain(name, vendor):
     with pytest.raises(BundleError):
         verify(signed(json.dumps(statement(["ok", name])).encode(), vendor), vendor)

@@ -55,7 +55,7 @@ class TensorHeader:
         )
 
 
-def derive_bundle_key(sealing_key: bytes, bundle_id: bytes) -> bytes:
+def derive_bundle_key(sealing_key: bytes | bytearray | memoryview, bundle_id: bytes) -> bytes:
     """The key of one bundle, from the vendor's sealing key and the bundle's id.
 
     Args:
@@ -155,5 +155,5 @@ def _tensor_cipher(bundle_key: bytes, header: TensorHeader) -> AESGCM:
     return AESGCM(_hkdf(bundle_key, salt=None, info=header.encode()))
 
 
-def _hkdf(key: bytes, salt: bytes | None, info: bytes) -> bytes:
+def _hkdf(key: bytes | bytearray | memoryview, salt: bytes | None, info: bytes) -> bytes:
     return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=salt, info=info).derive(key)

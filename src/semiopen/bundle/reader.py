@@ -46,7 +46,7 @@ class VerifiedBundle:
 
 def read_files(
     folder: Path,
-    vendor_key: ec.EllipticCurvePublicKey,
+    trust: ec.EllipticCurvePublicKey | str,
     *,
     only: Iterable[str] | None = None,
     progress: Progress | None = None,
@@ -55,7 +55,8 @@ def read_files(
 
     Args:
         folder: the bundle.
-        vendor_key: the key that must have signed it.
+        trust: the key that must have signed it; or the digest of a bundle (`VerifiedBundle.digest`), as told
+            by an enclave that has verified it.
         only: hash these files (and the manifest) and do not look at any other, which may then be absent or
             changed. For the enclave: what it reads through `VerifiedBundle.read` and `load_sealed` is
             authenticated there again, so an empty list is safe, and saves reading sealed files twice. None:
@@ -68,7 +69,7 @@ def read_files(
     """
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a folder; give the path of a bundle.")
-    signed = verify_signed_files(read_file(folder, SIGNATURE_NAME, MAX_SIGNATURE_BYTES), vendor_key)
+    signed = verify_signed_files(read_file(folder, SIGNATURE_NAME, MAX_SIGNATURE_BYTES), trust)
     if MANIFEST_NAME not in signed.digests:
         raise BundleError(
             f"{MANIFEST_NAME} is not in this folder's signature, so it is a signed model but no bundle."

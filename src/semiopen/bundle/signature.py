@@ -103,22 +103,39 @@ def verify_signature(sig_bytes: bytes, vendor_key: ec.EllipticCurvePublicKey) ->
     return verify_signed_files(sig_bytes, vendor_key).digests
 
 
-def verify_signed_files(sig_bytes: bytes, vendor_key: ec.EllipticCurvePublicKey) -> SignedFiles:
-    """As `verify_signature`, with the digest of what was signed."""
-    _check_curve(vendor_key)
+def verify_signed_files(sig_bytes: bytes, trust: ec.EllipticCurvePublicKey | str) -> SignedFiles:
+    """Verify the bytes of `model.sig`.
+
+    Args:
+        sig_bytes: content of `model.sig`.
+        trust: the vendor's key; or the digest (hex) of the signed statement, as told by an enclave that has
+            verified the signature itself.
+
+    Raises:
+        BundleError: not a signature in this format, not by this vendor, or not of that statement.
+        ValueError: the key is on another curve.
+    """
+    if not isinstance(trust, str):
+        _check_curve(trust)
     document = _json(sig_bytes)
     _require(document, {"mediaType", "verificationMaterial", "dsseEnvelope"})
     if document["mediaType"] != _MEDIA_TYPE:
         raise _malformed("its media type is another")
-    _check_verification_material(document["verificationMaterial"], vendor_key)
     payload, signature = _open_envelope(document["dsseEnvelope"])
-    try:
-        vendor_key.verify(signature, _pre_authentication_encoding(payload), ec.ECDSA(hashes.SHA256()))
-    except InvalidSignature:
-        raise _wrong_vendor() from None
-    # Everything below is the vendor's word; it is still checked strictly, as the vendor's tool may not be
-    # ours.
-    return SignedFiles(_parse_statement(_json(payload)), hashlib.sha256(payload).hexdigest())
+    digest = hashlib.sha256(payload).hexdigest()
+    if isinstance(trust, str):
+        if digest != trust:
+            raise BundleError(
+                f"{SIGNATURE_NAME} is not of the bundle that the enclave holds; start one with this bundle."
+            )
+    else:
+        _check_verification_material(document["verificationMaterial"], trust)
+        try:
+            trust.verify(signature, _pre_authentication_encoding(payload), ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature:
+            raise _wrong_vendor() from None
+    # From here on it is the vendor's word, still parsed strictly: the vendor's tool may not be ours.
+    return SignedFiles(_parse_statement(_json(payload)), digest)
 
 
 def _statement(name: str, digests: dict[str, str]) -> bytes:

@@ -62,7 +62,7 @@ class BundleWriter:
         self._bundle_key = derive_bundle_key(sealing_key, self._bundle_id)
         self._open: list[dict[str, int]] = []  # for each shard: bytes by tensor name
         self._sealed: list[list[SealedTensor]] = []  # for each file; `file` is set in finish()
-        # Apart: open blocks are numbered from 0 again, so a name may stand for one open and one sealed tensor.
+        # Apart: open blocks are numbered from 0 again, so a name may stand for an open and a sealed tensor.
         self._open_names: set[str] = set()
         self._sealed_names: set[str] = set()
         self._finished = False

@@ -79,15 +79,12 @@ def _load_prefix(provision: "Provision", sealing_key: SecretBytes) -> "tuple[Pre
 
     import torch
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
-    from transformers.utils import logging
 
     from semiopen.bundle.primitives import derive_bundle_key
     from semiopen.bundle.reader import load_sealed, read_files
     from semiopen.enclave.prefix import Prefix
     from semiopen.model.split import check_supported, config_from_dict
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     if provision.threads:
         torch.set_num_threads(provision.threads)
     vendor_key = load_pem_public_key(provision.vendor_key.encode())

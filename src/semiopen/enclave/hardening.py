@@ -288,7 +288,7 @@ def _no_debugger_exception() -> Measure:
     name = "no debugger but an ancestor or root"
     result, refusal = _call("prctl", _PR_SET_PTRACER, 0, 0, 0, 0)
     try:
-        scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text(encoding="ascii"))
+        scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return Measure(name, False, "this kernel runs without Yama; the dumpable mark stands alone")
     if result != 0:
@@ -304,7 +304,10 @@ def _own_network_namespace() -> Measure:
     name = "no network interfaces"
     if threads := _other_threads():
         return Measure(name, False, threads)
-    return _try(name, "network namespace of its own", _call("unshare", _CLONE_NEWNET))
+    result, refusal = _call("unshare", _CLONE_NEWNET)
+    if result != 0:
+        return Measure(name, False, f"the kernel says: {refusal}; what counts is the filter against sockets")
+    return Measure(name, True, "network namespace of its own")
 
 
 class _CapabilityHeader(ctypes.Structure):
@@ -327,7 +330,7 @@ def _few_capabilities() -> Measure:
     keep = 1 << _CAP_DAC_READ_SEARCH | 1 << _CAP_IPC_LOCK
     effective, permitted = sets.words[0] & keep, sets.words[1] & keep
     kept = _CapabilitySets((ctypes.c_uint32 * 6)(effective, permitted, 0, 0, 0, 0))
-    detail = "kept: reading files, locking memory" if permitted else "none left"
+    detail = "but reading files and locking memory" if permitted else "none left"
     return _try(name, detail, _call("capset", header, kept))
 
 
@@ -436,7 +439,7 @@ def _locks_past_limit() -> bool:
 
 def _swap_note() -> str:
     try:
-        lines = Path("/proc/swaps").read_text(encoding="ascii").splitlines()
+        lines = Path("/proc/swaps").read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
     return "; this machine has no swap now" if len(lines) < 2 else "; this machine has swap"

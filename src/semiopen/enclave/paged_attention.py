@@ -87,6 +87,7 @@ class RunningStep:
 
     def __init__(self, step: CheckedStep, cache: KVCache) -> None:
         self.cache = cache
+        self.score_cap = step.score_cap
         self.slots = torch.from_numpy(step.slots)
         starts = torch.from_numpy(step.query_start)
         counts = starts.diff()
@@ -128,6 +129,7 @@ def paged_attention(
     assert step is not None, "attention ran outside of a step"
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, d]
     keys, values = step.cache.write(cast(int, module.layer_idx), step.slots, key, value)
+    softcap = softcap if step.score_cap else None
     output = torch.empty(query.shape[0], query.shape[1], value.shape[2], dtype=query.dtype)
     for group in step.groups:
         slots, mask = group.keys_in_view(sliding_window)

@@ -2,6 +2,7 @@
 
 import torch
 from transformers import AutoModel, PreTrainedConfig
+from transformers.utils import logging
 
 from semiopen.enclave import paged_attention
 from semiopen.enclave.paged_attention import KVCache, RunningStep
@@ -29,6 +30,7 @@ class Prefix:
         self.vocab_size: int = config.vocab_size
         self.context: int = config.max_position_embeddings
         family = FAMILIES[config.model_type]
+        _say_nothing()
         self.model, info = AutoModel._model_mapping[type(config)].from_pretrained(
             None,
             config=config,
@@ -60,6 +62,12 @@ class Prefix:
         finally:
             RunningStep.current = None
         return output.last_hidden_state[0]
+
+
+def _say_nothing() -> None:
+    """No reports from transformers: it would call the final norm, which is the head's, missing."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 # Buffers that old checkpoints carry and transformers recomputes.

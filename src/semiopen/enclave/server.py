@@ -114,8 +114,8 @@ class Server:
             session.arrays.seq_lens[0] = held
             session.arrays.block_table[0, :2] = (0, 1)
             session.arrays.copies[0] = (3, 2)
-            self._answer(client, dump(Step(tokens=new, sequences=1, width=2, copies=1)))
-        for payload in (dump(Hello()), dump(Status()), dump(Step(tokens=1, sequences=1, width=1, copies=0)), b"{"):
+            self._answer(client, dump(Step(tokens=new, sequences=1, width=2, copies=1, score_cap=True)))
+        for payload in (dump(Hello()), dump(Status()), dump(Step(tokens=1, sequences=1, width=1, copies=0, score_cap=True)), b"{"):
             self._answer(client, payload)
         self._clients.discard(client)
         if self._counters.steps != 2:

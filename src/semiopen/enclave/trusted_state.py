@@ -51,6 +51,7 @@ class CheckedStep:
         slots: [T] int64, KV slot of each token, derived here; no two are equal.
         query_start: [S + 1] int64. seq_lens: [S] int64, tokens after this step.
         block_table: [S, W] int64. copies: [C, 2] int64, distinct destinations.
+        score_cap: whether attention caps its scores where the family does.
     """
 
     token_ids: np.ndarray
@@ -60,6 +61,7 @@ class CheckedStep:
     seq_lens: np.ndarray
     block_table: np.ndarray
     copies: np.ndarray
+    score_cap: bool
 
 
 def check_open(request: Open, limits: Limits, open_sessions: int, blocks_in_use: int) -> None:
@@ -169,4 +171,4 @@ def check_step(request: Step, arrays: SharedArrays, layout: Layout, limits: Limi
     slots = block_table[sequence, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
     if len(np.unique(slots)) != tokens:
         raise Refused("block", "Two tokens of one step would be written to the same KV slot.")
-    return CheckedStep(token_ids, positions, slots, query_start, seq_lens, block_table, copies)
+    return CheckedStep(token_ids, positions, slots, query_start, seq_lens, block_table, copies, request.score_cap)

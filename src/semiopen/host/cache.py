@@ -6,7 +6,7 @@ import functools
 import torch
 from transformers import DynamicCache
 
-from semiopen.errors import UnsupportedCallError
+from semiopen.errors import EnclaveError, UnsupportedCallError
 from semiopen.host.sequences import Rows
 
 
@@ -47,6 +47,9 @@ class FollowsEnclave:
         """Forget everything."""
         super().reset()  # type: ignore[misc]
         self.enclave_rows.crop(0)
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise EnclaveError("A cache whose prefix lives in the enclave cannot be pickled; keep it in this process.")
 
     def __deepcopy__(self, memo: dict) -> "FollowsEnclave":
         """Fork the cache and the enclave's sequences with it."""

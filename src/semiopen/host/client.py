@@ -44,6 +44,7 @@ class StepInput:
         seq_lens: [S] tokens each sequence holds after the step.
         block_tables: [S] KV blocks of each sequence.
         copies: KV blocks to copy first, (from, to).
+        score_cap: whether this engine's attention caps its scores where the family does.
     """
 
     token_ids: list[int]
@@ -51,6 +52,7 @@ class StepInput:
     seq_lens: list[int]
     block_tables: list[list[int]]
     copies: list[tuple[int, int]]
+    score_cap: bool
 
 
 class EnclaveClient:
@@ -123,7 +125,13 @@ class EnclaveClient:
                 arrays.block_table[row, : len(table)] = table
             if step.copies:
                 arrays.copies[: len(step.copies)] = step.copies
-            request = Step(tokens=tokens, sequences=sequences, width=width, copies=len(step.copies))
+            request = Step(
+                tokens=tokens,
+                sequences=sequences,
+                width=width,
+                copies=len(step.copies),
+                score_cap=step.score_cap,
+            )
             self._exchange(request, Stepped)
             return arrays.hidden[:tokens]
 

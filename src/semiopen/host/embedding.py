@@ -1,5 +1,7 @@
 """To the host's model, the enclave is the embedding layer: token ids in, states after the sealed prefix out."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -30,6 +32,7 @@ class EnclaveSession:
         blocks = min(-(-kv_tokens // welcome.block_size), welcome.max_blocks)
         client.open(blocks=blocks, step_tokens=self.step_tokens, sequences=self.sequences)
         self.pool = BlockPool(blocks, welcome.block_size)
+        self.score_cap = True
 
     def rows(self, count: int) -> Rows:
         """Fresh, empty rows for a batch."""
@@ -116,6 +119,7 @@ class EnclaveSession:
             seq_lens=[rows.lengths[row] + len(ids) for row, ids in pieces],
             block_tables=[rows.tables[row] for row, _ in pieces],
             copies=copies,
+            score_cap=self.score_cap,
         )
         end = done + len(step.token_ids)
         packed[done:end] = self.client.step(step)
@@ -130,6 +134,16 @@ class EnclaveEmbedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.session: EnclaveSession | None = None
+        self._closer: Callable[[], object] = lambda: None
+
+    def attach(self, session: EnclaveSession, closer: Callable[[], object]) -> None:
+        """Use `session` from now on; `closer` ends it and whatever was started for it."""
+        self.session, self._closer = session, closer
+
+    def close(self) -> None:
+        """End the session, and the dev enclave if it was started for this model. Also done when the model goes."""
+        self.session = None
+        self._closer()
 
     def forward(
         self, input_ids: torch.Tensor, tokens: torch.Tensor | None = None, rows: Rows | None = None

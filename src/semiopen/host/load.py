@@ -47,7 +47,8 @@ def load(
         kwargs: for transformers' `from_pretrained`, such as `device_map` or `attn_implementation`.
 
     Returns:
-        A model of the family, with `generate`. `model.enclave.session` is its session in the enclave.
+        A model of the family, with `generate`. `model.enclave.close()` ends its session at once, else it ends with
+        the model.
 
     Raises:
         BundleError: a file of the bundle is not what the vendor signed.
@@ -81,18 +82,26 @@ def load(
             model = _build(folder, dtype, kwargs)
         cleanup.callback(client.close)
         _check_match(client, verified, model)
-        model.enclave.session = EnclaveSession(client, kv_tokens)  # type: ignore[union-attr]
-        closer = cleanup.pop_all().close
-        weakref.finalize(model, closer)
+        session = EnclaveSession(client, kv_tokens)
+        closer = weakref.finalize(model, cleanup.pop_all().close)
+        model.enclave.attach(session, closer)  # type: ignore[operator, union-attr]
     return model
 
 
 def _build(folder: Path, dtype: torch.dtype | str | None, kwargs: dict[str, Any]) -> PreTrainedModel:
     config = SemiopenConfig.from_pretrained(folder).text_config
     with _quiet():
-        model = host_class(causal_lm_class(config)).from_pretrained(
-            folder, config=config, dtype=dtype if dtype is not None else config.dtype, **kwargs
+        model, info = host_class(causal_lm_class(config)).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype if dtype is not None else config.dtype,
+            output_loading_info=True,
+            **kwargs,
         )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        # transformers would go on with random weights in their place.
+        lacking = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})[0]
+        raise BundleError(f"The open tensors of {folder} do not fit config.json ({lacking}); seal the model again.")
     model.config.name_or_path = str(folder)
     return model
 

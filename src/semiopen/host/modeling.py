@@ -60,10 +60,14 @@ class SemiopenModel:
 
 @functools.cache
 def host_class(family_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The host's version of a transformers causal language model class."""
-    # Nothing is tied: the embedding is in the enclave, and the bundle stores the head by itself.
-    body = {"__module__": __name__, "_tied_weights_keys": {}, "config_class": family_class.config_class}
-    return type(f"Semiopen{family_class.__name__}", (SemiopenModel, family_class), body)
+    """The host's version of a transformers causal language model class.
+
+    It keeps the class's name and module, by which transformers finds the conversions of checkpoint names, and
+    other tools what they know of the family. Nothing is tied: the embedding is in the enclave, and the bundle
+    stores the head by itself.
+    """
+    body = {"__module__": family_class.__module__, "_tied_weights_keys": {}}
+    return type(family_class.__name__, (SemiopenModel, family_class), body)
 
 
 def _run_prefix(
@@ -95,7 +99,10 @@ def _run_prefix(
         rows = cache.enclave_rows  # type: ignore[union-attr]
         _check_in_step(cache, rows, input_ids, embedding)
     tokens = _tokens(call.get("attention_mask"), input_ids, rows)
-    _check_positions(call.get("position_ids"), tokens, rows, _needs_absolute_positions(decoder.config))
+    _check_positions(call.get("position_ids"), tokens, rows, bool(FAMILIES[decoder.config.model_type].positions))
+    if embedding.session is not None:
+        # Transformers' SDPA leaves out Gemma 2's cap on attention scores; its eager attention does not.
+        embedding.session.score_cap = decoder.config._attn_implementation != "sdpa"
     call["inputs_embeds"] = embedding(input_ids, tokens, rows).to(decoder.dtype)
     call["past_key_values"] = cache
     call["use_cache"] = use_cache
@@ -135,8 +142,8 @@ def _tokens(mask: Any, input_ids: torch.Tensor, rows: Rows | None) -> torch.Tens
 def _check_positions(position_ids: Any, tokens: torch.Tensor, rows: Rows | None, absolute: bool) -> None:
     """Refuse position ids that the enclave, which counts each row's tokens itself, would not reproduce.
 
-    Rotary models see only differences of positions, so a row may be shifted as a whole; models with learned
-    positions, and rotary scalings that look at absolute positions, may not.
+    Rotary models see only differences of positions, so a row may be shifted as a whole; with learned positions it
+    may not.
     """
     past = rows.columns if rows is not None else 0
     batch, new = tokens.shape
@@ -160,8 +167,3 @@ def _check_positions(position_ids: Any, tokens: torch.Tensor, rows: Rows | None,
             )
         if rows is not None:
             rows.offsets[row] = first
-
-
-def _needs_absolute_positions(config: PreTrainedConfig) -> bool:
-    rope = str(getattr(config, "rope_parameters", None) or "")
-    return bool(FAMILIES[config.model_type].positions) or "longrope" in rope

@@ -126,9 +126,6 @@ class Rows:
         fork.lengths, fork.offsets, fork.mask = list(self.lengths), list(self.offsets), self.mask.clone()
         return fork
 
-    def __reduce__(self) -> str:
-        raise EnclaveError("A cache whose prefix lives in the enclave cannot be pickled; keep it in this process.")
-
     def _release(self) -> None:
         for table in self.tables:
             for block in table:

@@ -95,8 +95,10 @@ def check_supported(config: PreTrainedConfig) -> Family:
     for setting, why in _UNSUPPORTED_SETTINGS.items():
         if getattr(config, setting, None):
             raise UnsupportedModelError(f"A model with {setting} set cannot be split exactly: {why}.")
-    if "dynamic" in _rope_types(config):
-        raise UnsupportedModelError("Rotary type 'dynamic' cannot be split exactly: it depends on the whole batch.")
+    for rope_type in _rope_types(config) & {"dynamic", "longrope"}:
+        raise UnsupportedModelError(
+            f"Rotary type {rope_type!r} cannot be split exactly: its frequencies depend on the longest text of a batch."
+        )
     return family
 
 

@@ -75,6 +75,8 @@ class Step(_Message):
     """Run `tokens` tokens of `sequences` sequences, after copying `copies` KV blocks.
 
     `width` is the number of block-table columns in use. The arrays themselves are in shared memory.
+    `score_cap` is false where the engine's own attention leaves out the family's cap on scores (Gemma 2 under
+    transformers' SDPA), so that all blocks of a model agree.
     """
 
     kind: Literal["step"] = "step"
@@ -82,6 +84,7 @@ class Step(_Message):
     sequences: Positive
     width: Positive
     copies: Count
+    score_cap: bool
 
 
 class Stepped(_Message):
