@@ -4,9 +4,10 @@
     python lab/train_stories.py                     # one hour on two CPU cores
     python lab/train_stories.py --eval-only         # held-back bits per byte of the exported model
 
-The texts are a sample of TinyStories (CDLA-Sharing-1.0) and, at a small weight, the training problems of GSM8K
-(MIT). Part of the stories is turned into short chats ("Tell me a story about a dog." -> the story). The run can be
-stopped and started again: it goes on from `state.pt` in --runs. The best weights so far are exported at every check.
+The texts are a sample of TinyStories (CDLA-Sharing-1.0) and, at a small weight, the training problems of
+GSM8K (MIT). Part of the stories is turned into short chats ("Tell me a story about a dog." -> the story). The
+run can be stopped and started again: it goes on from `state.pt` in --runs. The best weights so far are
+exported at every check.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils.logging import disable_progress_bar
 
 REPO = Path(__file__).resolve().parent.parent
@@ -45,14 +52,23 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-GIRLS = "Lily Lucy Mia Anna Sarah Sue Molly Jane Sara Daisy Jill Sally Mary Amy Lila Grace Jenny Emma Emily".split()
-BOYS = "Ben Tom Timmy Tim Jack Sam Max Bob John Joe Benny Tommy Jimmy Andy Jake Jim Billy Dave Leo Peter".split()
+GIRLS = (
+    "Lily Lucy Mia Anna Sarah Sue Molly Jane Sara Daisy Jill Sally Mary Amy Lila Grace Jenny Emma Emily"
+).split()
+BOYS = (
+    "Ben Tom Timmy Tim Jack Sam Max Bob John Joe Benny Tommy Jimmy Andy Jake Jim Billy Dave Leo Peter"
+).split()
 NOT_NAMES = set(
-    "Mom Mommy Dad Daddy Mum Mummy Mama Papa Grandma Grandpa Granny Mr Mrs Miss End Little Man God Slowly The I Once "
-    "One He She They It But And So Then Yes No Thank Oh Wow Hi Hello Let We You What Can Do Please Why When".split()
+    (
+        "Mom Mommy Dad Daddy Mum Mummy Mama Papa Grandma Grandpa Granny Mr Mrs Miss Little Man God Slowly "
+        "End The I Once One He She They It But And So Then Yes No Thank Oh Wow Hi Hello Let We You What Can Do "
+        "Please Why When"
+    ).split()
 )
 # Words that may follow a noun but seldom follow an adjective: "the dog was", not "the big was".
-AFTER_NOUN = set("was is and had in on to that with of for said from were could did would saw went came".split())
+AFTER_NOUN = set(
+    "was is and had in on to that with of for said from were could did would saw went came".split()
+)
 
 ASK_ABOUT = (
     "Tell me a story about {}.",
@@ -80,7 +96,11 @@ ASK_ANY = (
     "Tell me a bedtime story.",
     "I want to hear a story.",
 )
-ASK_CONTINUE = ("Continue this story: {}", "How does this story go on? {}", "Please go on with this story: {}")
+ASK_CONTINUE = (
+    "Continue this story: {}",
+    "How does this story go on? {}",
+    "Please go on with this story: {}",
+)
 ASK_AGAIN = ("Another one, please, about {}.", "Now tell me one about {}.", "Tell me another story about {}.")
 ASK_WHO = ("Who is in the story?", "Who was in the story?", "What are the names in the story?")
 ASK_END = ("How does the story end?", "How did it end?", "What happened at the end?")
@@ -90,7 +110,7 @@ SMALL_TALK = (
     ("Hello, how are you?", "Hello! I am happy today. Would you like to hear a story?"),
     ("Who are you?", "I am a small story teller. I like to tell short stories."),
     ("What are you?", "I am a small language model. I like to tell short stories."),
-    ("What can you do?", "I can tell short stories. Ask me for a story about a dog, a ball or a little girl."),
+    ("What can you do?", "I can tell short stories. Ask me for a story about a dog, a ball or a girl."),
     ("Can you help me?", "Yes! I can tell you a short story. What should it be about?"),
 )
 THANKS = (
@@ -100,15 +120,20 @@ THANKS = (
     ("I like this story.", "I am glad! Would you like to hear another story?"),
     ("Good night!", "Good night! Sleep well."),
 )
-SYSTEM_TEXTS = ("You are a kind story teller.", "You are a helpful assistant.", "You tell short stories to children.")
+SYSTEM_TEXTS = (
+    "You are a kind story teller.",
+    "You are a helpful assistant.",
+    "You tell short stories to children.",
+)
 
 
 # ---------------------------------------------------------------- texts
 
 
 def plain_quotes(text: str) -> str:
-    """Text with typographic quotes, dashes and dots replaced by ASCII; a small vocabulary has no room for both."""
-    return text.translate(str.maketrans({"“": '"', "”": '"', "’": "'", "‘": "'", "–": "-", "—": "-", "…": "..."}))
+    """Text with curly quotes, dashes and dots replaced by ASCII; a small vocabulary has no room for both."""
+    pairs = {"“": '"', "”": '"', "’": "'", "‘": "'", "–": "-", "—": "-", "…": "..."}
+    return text.translate(str.maketrans(pairs))
 
 
 def read_stories(texts: Path) -> list[str]:
@@ -119,7 +144,7 @@ def read_stories(texts: Path) -> list[str]:
 
 
 def split_stories(stories: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """(train, watch, test): a fixed shuffle, then the last stories are kept back. Same result for every run."""
+    """(train, watch, test): a fixed shuffle, then the last stories are kept back. Same for every run."""
     order = stories[:]
     random.Random(SPLIT_SEED).shuffle(order)
     n_test, n_watch = round(len(order) * TEST_SHARE), round(len(order) * WATCH_SHARE)
@@ -138,14 +163,15 @@ def read_problems(texts: Path) -> list[tuple[str, str]]:
 
 
 def find_nouns(stories: list[str], least: int = 6) -> set[str]:
-    """Lower-case words that look like nouns: after an article they are mostly followed by a verb or a full stop."""
+    """Lower-case words that look like nouns: after an article mostly a verb or a full stop follows."""
     seen: Counter[str] = Counter()
     as_noun: Counter[str] = Counter()
     for story in stories:
         for word, after in re.findall(r"\b(?:a|the|his|her) ([a-z]{3,})(?=([.,!?]| [a-z]+))", story):
             seen[word] += 1
             as_noun[word] += after in ".,!?" or after.strip() in AFTER_NOUN
-    drop = set("other same next best one two end day time first last way rest lot bit girl boy not how back again help".split())
+    drop = set("other same next best one two end day time first last way rest lot bit girl boy".split())
+    drop |= set("not how back again help".split())
     return {w for w, n in seen.items() if n >= least and as_noun[w] / n > 0.6 and w not in drop}
 
 
@@ -156,13 +182,13 @@ def find_names(story: str) -> list[str]:
 
 
 def swap_names(story: str, rng: random.Random) -> str:
-    """Story with common first names exchanged for others of the same kind: fights learning the sample by heart."""
+    """Story with common first names exchanged for others: fights learning the sample by heart."""
     present = set(re.findall(r"\b[A-Z][a-z]+\b", story))
     mapping: dict[str, str] = {}
     for pool in (GIRLS, BOYS):
         fresh = [n for n in pool if n not in present]
         rng.shuffle(fresh)
-        mapping |= dict(zip((n for n in pool if n in present), fresh))
+        mapping |= dict(zip([n for n in pool if n in present], fresh, strict=False))
     if not mapping:
         return story
     return re.sub(r"\b(" + "|".join(mapping) + r")\b", lambda m: mapping[m.group()], story)
@@ -181,7 +207,7 @@ def render_chat(messages: list[tuple[str, str]]) -> str:
 
 
 def subject_of(story: str, nouns: set[str], rng: random.Random) -> str | None:
-    """Something the story is about: a name, or a noun with an article, used at least twice in it; else None."""
+    """Something the story is about: a name or noun used at least twice in it; else None."""
     words = Counter(re.findall(r"[a-z]+", story))
     picks = [w for w, n in words.items() if n >= 2 and w in nouns]
     things = [w if w.endswith("s") else rng.choice((f"a {w}", f"a {w}", f"the {w}")) for w in picks]
@@ -221,7 +247,7 @@ def story_chat(stories: list[str], nouns: set[str], rng: random.Random) -> str:
     chat += [("user", ask), ("assistant", story)]
     dice = rng.random()
     if dice < 0.15:
-        chat += [(role, text) for role, text in zip(("user", "assistant"), rng.choice(THANKS))]
+        chat += list(zip(("user", "assistant"), rng.choice(THANKS), strict=True))
     elif dice < 0.27 and (names := find_names(story)[:3]):
         who = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
         chat += [("user", rng.choice(ASK_WHO)), ("assistant", f"The story is about {who}.")]
@@ -237,7 +263,7 @@ def story_chat(stories: list[str], nouns: set[str], rng: random.Random) -> str:
 def draw_document(
     stories: list[str], problems: list[tuple[str, str]], nouns: set[str], rng: random.Random
 ) -> str:
-    """One training document, marks included: a plain story, a chat about a story, or a problem with its answer."""
+    """One training document, marks included: a plain story, a story in a chat, or a problem."""
     dice = rng.random()
     if dice < 0.47:
         return BOS + swap_names(rng.choice(stories), rng) + EOS
@@ -252,7 +278,7 @@ def draw_document(
 def draw_rows(
     tokenizer: PreTrainedTokenizerFast, data: tuple, rng: random.Random, rows: int, length: int, aligned: bool
 ) -> torch.Tensor:
-    """Token ids (rows, length). Documents lie end to end; `aligned` starts every row with a fresh document."""
+    """Token ids (rows, length). Documents lie end to end; `aligned`: rows start with a fresh one."""
     ids: list[int] = []
     while len(ids) < rows * length:
         texts = [draw_document(*data, rng) for _ in range(16)]
@@ -354,7 +380,9 @@ def build_optimizers(model: LlamaForCausalLM, rate: float, decay: float) -> list
     tables = [model.model.embed_tokens.weight, model.lm_head.weight]
     groups = [{"params": tables, "weight_decay": decay}, {"params": norms, "weight_decay": 0.0}]
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98)),
     ]
 
@@ -364,8 +392,9 @@ def build_optimizers(model: LlamaForCausalLM, rate: float, decay: float) -> list
 
 @torch.no_grad()
 def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stories: list[str]) -> float:
-    """Bits per UTF-8 byte over stories. Each is <s> story </s>, the end mark counted; windows of CONTEXT tokens that
-    overlap by half, each token scored once, computed in fp32 whatever the dtype of the stored weights."""
+    """Bits per UTF-8 byte over stories. Each is <s> story </s>, the end mark counted; windows of CONTEXT
+    tokens that overlap by half, each token scored once; computed in the dtype of the model,
+    summed in fp32."""
     bits, size = 0.0, 0
     for story in stories:
         encoding = tokenizer.backend_tokenizer.encode(BOS + story + EOS, add_special_tokens=False)
@@ -386,18 +415,24 @@ def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, s
 def sample(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, new: int = 200, **settings
 ) -> str:
-    """Text written after `prompt` (marks included in it), at most `new` tokens; greedy unless settings say more."""
+    """Text written after `prompt` (marks included), at most `new` tokens; greedy unless settings say more."""
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     settings = {"do_sample": False, "temperature": None, "top_p": None} | settings
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=tokenizer.pad_token_id, **settings
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        pad_token_id=tokenizer.pad_token_id,
+        **settings,
     )
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def load_export(out: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The exported model in fp32 and its tokenizer."""
-    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(out)
+    return AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32
+    ).eval(), AutoTokenizer.from_pretrained(out)
 
 
 def evaluate_export(out: Path, texts: Path) -> None:
@@ -406,7 +441,11 @@ def evaluate_export(out: Path, texts: Path) -> None:
     train, watch, test = split_stories(read_stories(texts))
     print(f"parameters                {sum(p.numel() for p in model.parameters()):,}")
     print(f"weights file              {(out / 'model.safetensors').stat().st_size / 1e6:.2f} MB")
-    for name, part in (("test, held back", test), ("watch, held back", watch), ("train, first 90", train[:90])):
+    for name, part in (
+        ("test, held back", test),
+        ("watch, held back", watch),
+        ("train, first 90", train[:90]),
+    ):
         print(f"{name:<18} {bits_per_byte(model, tokenizer, part):.4f} bits per byte ({len(part)} stories)")
     half = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float16).eval()
     print(f"{'test, fp16 compute':<18} {bits_per_byte(half, tokenizer, test):.4f} bits per byte")
@@ -434,7 +473,7 @@ def show_samples(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def export(weights: dict, tokenizer: PreTrainedTokenizerFast, out: Path, facts: dict) -> None:
-    """Write the model (fp16), the tokenizer, generation_config.json and training.json (the run in numbers)."""
+    """Write the model (fp16), the tokenizer, generation_config.json and training.json (the run's numbers)."""
     out.mkdir(parents=True, exist_ok=True)
     model = build_model(tokenizer)
     model.load_state_dict(weights)
@@ -454,13 +493,13 @@ def export(weights: dict, tokenizer: PreTrainedTokenizerFast, out: Path, facts: 
 
 
 def rate_factor(progress: float, step: int, warmup: int = 60, flat: float = 0.3) -> float:
-    """Share of the top learning rate: a short rise, flat until `flat` of the run, then a straight line down to 0.02."""
+    """Share of the top learning rate: a short rise, flat until `flat` of the run, then down to 0.02."""
     fall = max(0.02, 1 - max(0.0, progress - flat) / (1 - flat))
     return min(1.0, (step + 1) / warmup) * fall
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train until --steps or --minutes, or until the watched bits per byte stop falling; export the best weights."""
+    """Train until --steps or --minutes, or until the watched bits per byte stop falling; export the best."""
     torch.manual_seed(args.seed)
     stories = read_stories(args.texts)
     train_part, watch, test = split_stories(stories)
@@ -483,14 +522,15 @@ def train(args: argparse.Namespace) -> None:
     if state:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step, spent, tokens, best, stale = (state[k] for k in ("step", "spent", "tokens", "best", "stale"))
         print(f"goes on from step {step}, {spent / 60:.1f} minutes, best {best:.4f}")
     forward = torch.compile(model) if args.compile else model
     print(
-        f"{len(train_part)} / {len(watch)} / {len(test)} stories to train / watch / test, {len(problems)} problems, "
-        f"{len(nouns)} nouns, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(train_part)} / {len(watch)} / {len(test)} stories to train / watch / test, "
+        f"{len(problems)} problems, {len(nouns)} nouns, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{args.threads} threads, bf16 {args.bf16}, compile {args.compile}",
         flush=True,
     )
@@ -503,7 +543,11 @@ def train(args: argparse.Namespace) -> None:
             last_check = spent
             bpb = bits_per_byte(average, tokenizer, watch)
             stale = 0 if bpb < best - 1e-4 else stale + 1
-            print(f"check: step {step}, {spent / 60:.1f} min, {tokens:,} tokens, watched bits per byte {bpb:.4f}")
+            print(
+                f"check: step {step}, {spent / 60:.1f} min, {tokens:,} tokens, "
+                f"watched {bpb:.4f} bits per byte",
+                flush=True,
+            )
             if bpb < best:
                 best = bpb
                 facts = {
@@ -516,14 +560,24 @@ def train(args: argparse.Namespace) -> None:
                 }
                 export(average.state_dict(), tokenizer, args.out, facts)
                 opening = sample(average, tokenizer, BOS + "Once upon a time", 60)
-                print(f"exported, test bits per byte {facts['test_bits_per_byte']:.4f}: ...{opening!r}", flush=True)
-            saved = {"model": model.state_dict(), "average": average.state_dict(), "step": step, "spent": spent}
+                print(
+                    f"exported, test {facts['test_bits_per_byte']:.4f} bits per byte: ...{opening!r}",
+                    flush=True,
+                )
+            saved = {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "step": step,
+                "spent": spent,
+            }
             saved |= {"tokens": tokens, "best": best, "stale": stale}
-            torch.save(saved | {"optimizers": [o.state_dict() for o in optimizers]}, state_path)
+            saved["optimizers"] = [o.state_dict() for o in optimizers]
+            torch.save(saved, state_path.with_suffix(".new"))
+            state_path.with_suffix(".new").replace(state_path)  # never a half-written checkpoint
         if ended:
             break
 
-        # The generator is seeded by the step, so that a run that goes on sees what an unbroken one would have seen.
+        # The generator is seeded by the step, so that a resumed run sees what an unbroken one would.
         rng = random.Random(f"{args.seed}-{step}")
         long_rows = progress >= args.long_from
         length = CONTEXT if long_rows else SHORT_ROW
@@ -540,7 +594,7 @@ def train(args: argparse.Namespace) -> None:
             optimizer.zero_grad(set_to_none=True)
         keep = min(args.average, (1 + step) / (10 + step))
         with torch.no_grad():
-            for slow, fast in zip(average.parameters(), model.parameters()):
+            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
                 slow.lerp_(fast, 1 - keep)
         step, tokens = step + 1, tokens + rows.numel()
         now = time.monotonic()
@@ -557,11 +611,21 @@ def train(args: argparse.Namespace) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Command line of the script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=Path, default=REPO.parent / "shared/data/texts", help="folder of the texts")
-    parser.add_argument("--out", type=Path, default=REPO / "lab/models/stories-4m", help="folder of the export")
-    parser.add_argument("--runs", type=Path, default=REPO / "lab/runs/stories-4m", help="folder of the checkpoint")
-    parser.add_argument("--minutes", type=float, default=60, help="length of the run (also paces the learning rate)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--texts", type=Path, default=REPO.parent / "shared/data/texts", help="folder of the texts"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=REPO / "lab/models/stories-4m", help="folder of the export"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=REPO / "lab/runs/stories-4m", help="folder of the checkpoint"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="length of the run; paces the learning rate"
+    )
     parser.add_argument("--steps", type=int, default=0, help="length in steps instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -569,9 +633,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=3e-3, help="top learning rate")
     parser.add_argument("--decay", type=float, default=0.1, help="weight decay")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--average", type=float, default=0.99, help="decay of the running mean of the weights")
-    parser.add_argument("--long-from", type=float, default=0.6, help="share of the run after which rows are full")
-    parser.add_argument("--check-minutes", type=float, default=3, help="time between checks on held-back stories")
+    parser.add_argument(
+        "--average", type=float, default=0.99, help="decay of the running mean of the weights"
+    )
+    parser.add_argument("--long-from", type=float, default=0.6, help="share of the run before rows are full")
+    parser.add_argument(
+        "--check-minutes", type=float, default=3, help="time between checks on held-back stories"
+    )
     parser.add_argument("--patience", type=int, default=7, help="checks without a gain before the run stops")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler")

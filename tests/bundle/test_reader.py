@@ -106,6 +106,15 @@ def test_a_file_changed_after_verification_is_not_read(bundle_folder, vendor):
             bundle.read(name)
 
 
+def test_a_link_put_in_place_after_verification_is_not_followed(bundle_folder, vendor, tmp_path):
+    bundle = read_files(bundle_folder, vendor.vendor_key)
+    for name in ("config.json", "sealed/prefix-00001-of-00002.safetensors"):
+        (bundle_folder / name).rename(tmp_path / "elsewhere")
+        (bundle_folder / name).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(BundleError, match=f"{name}.*symbolic link"):
+            bundle.read(name) if name == "config.json" else load_sealed(bundle, vendor.bundle_key(bundle))
+
+
 def test_wrong_sealing_key_says_no_more_than_tampering_does(bundle_folder, vendor):
     bundle = read_files(bundle_folder, vendor.vendor_key)
     with pytest.raises(SealedDataError) as wrong_key:

@@ -138,6 +138,18 @@ def verify_signed_files(sig_bytes: bytes, trust: ec.EllipticCurvePublicKey | str
     return SignedFiles(_parse_statement(_json(payload)), digest)
 
 
+def signed_payload_digest(sig_bytes: bytes) -> str:
+    """Digest (hex) of what `model.sig` claims to sign. Proves nothing about who signed it.
+
+    Raises:
+        BundleError: not a signature in this format.
+    """
+    document = _json(sig_bytes)
+    _require(document, {"mediaType", "verificationMaterial", "dsseEnvelope"})
+    payload, _ = _open_envelope(document["dsseEnvelope"])
+    return hashlib.sha256(payload).hexdigest()
+
+
 def _statement(name: str, digests: dict[str, str]) -> bytes:
     names = sorted(digests, key=sort_key)
     root = hashlib.sha256(b"".join(bytes.fromhex(digests[file]) for file in names)).hexdigest()
