@@ -61,8 +61,8 @@ BOYS = (
 NOT_NAMES = set(
     (
         "Mom Mommy Dad Daddy Mum Mummy Mama Papa Grandma Grandpa Granny Mr Mrs Miss Little Man God Slowly "
-        "End The I Once One He She They It But And So Then Yes No Thank Oh Wow Hi Hello Let We You What Can Do "
-        "Please Why When"
+        "End The I Once One He She They It But And So Then Yes No Thank Oh Wow Hi Hello Let We You What Can "
+        "Do Please Why When"
     ).split()
 )
 # Words that may follow a noun but seldom follow an adjective: "the dog was", not "the big was".
@@ -523,7 +523,10 @@ def train(args: argparse.Namespace) -> None:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            decays = [group["weight_decay"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
+            for group, decay in zip(optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay  # as asked for now, not as it was when the run began
         step, spent, tokens, best, stale = (state[k] for k in ("step", "spent", "tokens", "best", "stale"))
         print(f"goes on from step {step}, {spent / 60:.1f} minutes, best {best:.4f}")
     forward = torch.compile(model) if args.compile else model

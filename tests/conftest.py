@@ -54,13 +54,21 @@ class EnclaveThreads:
         self._folder = folder
         self._ends: list[tuple[int, threading.Thread, socket.socket]] = []
 
-    def start(self, bundle: Path, keys: Path, dtype: torch.dtype = torch.float32, max_blocks: int = 4096) -> InProcessEnclave:
+    def start(
+        self, bundle: Path, keys: Path, dtype: torch.dtype = torch.float32, max_blocks: int = 4096
+    ) -> InProcessEnclave:
         verified = read_files(bundle, load_vendor_key(keys), only=())
         config = config_from_dict(json.loads(verified.read("config.json"))["prefix_config"])
         key = derive_bundle_key(load_sealing_key(keys), bytes.fromhex(verified.manifest.bundle_id))
         prefix = Prefix(config, load_sealed(verified, key), dtype)
         limits = limits_for(prefix, max_blocks)
-        welcome = welcome_for(prefix, limits, "in-process test enclave: not a TEE", verified.digest, verified.manifest.plan.prefix)
+        welcome = welcome_for(
+            prefix,
+            limits,
+            "in-process test enclave: not a TEE",
+            verified.digest,
+            verified.manifest.plan.prefix,
+        )
         server = Server(prefix, limits, welcome)
         path = self._folder / f"{len(self._ends)}.sock"
         listener = socket.socket(socket.AF_UNIX)

@@ -60,13 +60,25 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "phi3-window": _config(Phi3Config, sliding_window=12),
     "olmo2": _config(Olmo2Config),
     "gpt2": GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=4, n_head=4, n_positions=256, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        n_positions=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "gpt-neox": _config(GPTNeoXConfig, rotary_pct=0.5),
     "mixtral": _config(MixtralConfig, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     "qwen3-moe": _config(
-        Qwen3MoeConfig, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
-        decoder_sparse_step=2, mlp_only_layers=[3],
+        Qwen3MoeConfig,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
     ),
 }
 

@@ -53,7 +53,9 @@ def test_assistant_model_crops_the_cache(sealed_pair, family):
     prompt = random_prompts(1, 25)
     expected = original.generate(prompt, **GREEDY)
     assert torch.equal(protected.generate(prompt, **GREEDY, assistant_model=assistant), expected)
-    assert torch.equal(assistant.generate(prompt, **GREEDY, assistant_model=protected), assistant.generate(prompt, **GREEDY))
+    assert torch.equal(
+        assistant.generate(prompt, **GREEDY, assistant_model=protected), assistant.generate(prompt, **GREEDY)
+    )
 
 
 @BOTH
@@ -124,7 +126,10 @@ def test_a_batch_larger_than_the_kv_cache_is_run_in_parts(sealed_pair, monkeypat
         ids = random_prompts(8, 40)
         with torch.no_grad():
             torch.testing.assert_close(
-                protected(ids, use_cache=False).logits, original(ids, use_cache=False).logits, rtol=2e-4, atol=2e-4
+                protected(ids, use_cache=False).logits,
+                original(ids, use_cache=False).logits,
+                rtol=2e-4,
+                atol=2e-4,
             )
         with pytest.raises(EnclaveError, match="full; use a smaller batch"):
             protected.generate(ids, **GREEDY)
@@ -151,7 +156,10 @@ def test_hidden_states_and_gradients_stay_on_the_host(sealed_pair):
     torch.testing.assert_close(outputs.hidden_states[0], reference.hidden_states[2], rtol=1e-5, atol=1e-5)
     outputs.loss.backward()
     reference.loss.backward()
-    mine, theirs = protected.model.layers[0].mlp.up_proj.weight.grad, original.model.layers[2].mlp.up_proj.weight.grad
+    mine, theirs = (
+        protected.model.layers[0].mlp.up_proj.weight.grad,
+        original.model.layers[2].mlp.up_proj.weight.grad,
+    )
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
     for model in (original, protected):
         model.zero_grad()

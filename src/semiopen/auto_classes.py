@@ -10,10 +10,12 @@ class SemiopenConfig(PreTrainedConfig):
     """config.json of a bundle: the config of the host's model, and that of the sealed prefix."""
 
     model_type = "semiopen"
-    sub_configs = {"text_config": AutoConfig, "prefix_config": AutoConfig}  # noqa: RUF012 - transformers' convention
+    sub_configs = {"text_config": AutoConfig, "prefix_config": AutoConfig}  # type: ignore[assignment]  # noqa: RUF012
 
     def __init__(
-        self, text_config: dict | PreTrainedConfig | None = None, prefix_config: dict | PreTrainedConfig | None = None,
+        self,
+        text_config: dict | PreTrainedConfig | None = None,
+        prefix_config: dict | PreTrainedConfig | None = None,
         **kwargs: Any,
     ) -> None:
         self.text_config = _config(text_config)

@@ -19,6 +19,8 @@ from semiopen.errors import SemiopenError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from semiopen.protocol.messages import Welcome
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -80,14 +82,18 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _app(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
 ) -> None:
     pass
 
 
 @app.command()
-def keygen(keys: Annotated[Path, typer.Argument(help="Folder to make; must not exist.", show_default=False)]) -> None:
+def keygen(
+    keys: Annotated[Path, typer.Argument(help="Folder to make; must not exist.", show_default=False)],
+) -> None:
     """Make the vendor's signing key and sealing key.
 
     Example: semiopen keygen vendor-keys
@@ -109,7 +115,8 @@ def seal(
     bundle: Annotated[Path, typer.Option("--out", help="Folder of the bundle; must not exist.", show_default=False)],
     keys: Annotated[Path, typer.Option(help="Key folder of the vendor.", show_default=False)],
     prefix: Annotated[
-        int | None, typer.Option(help="Decoder blocks to seal, from the bottom; the embedding always is.", min=0)
+        int | None,
+        typer.Option(help="Decoder blocks to seal, from the bottom; the embedding always is.", min=0),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="embedding, bottom (an eighth of the blocks; the default) or whole.")
@@ -159,15 +166,28 @@ def inspect(
     sealed, total = manifest.plan.prefix, manifest.num_layers
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("model", f"{manifest.architecture}, {total} blocks")
-    table.add_row("blocks", f"[red]{'■' * sealed}[/red][green]{'□' * (total - sealed)}[/green]  {sealed} sealed, {total - sealed} open")
-    table.add_row("embedding", "sealed; open as well, because the open head is tied to it" if manifest.open_embedding else "sealed")
+    table.add_row(
+        "blocks",
+        f"[red]{'■' * sealed}[/red][green]{'□' * (total - sealed)}[/green]  {sealed} sealed, {total - sealed} open",
+    )
+    table.add_row(
+        "embedding",
+        "sealed; open as well, because the open head is tied to it" if manifest.open_embedding else "sealed",
+    )
     for field, value in manifest.plan.model_dump().items():
         if field != "prefix":
             table.add_row(field, str(value))
     share = manifest.sealed_bytes / (manifest.sealed_bytes + manifest.open_bytes)
-    table.add_row("sealed", f"{_size(manifest.sealed_bytes)} in {len(manifest.sealed)} tensors ({share:.1%}), AES-256-GCM")
+    table.add_row(
+        "sealed",
+        f"{_size(manifest.sealed_bytes)} in {len(manifest.sealed)} tensors ({share:.1%}), AES-256-GCM",
+    )
     table.add_row("open", _size(manifest.open_bytes))
-    signer = f"verified, vendor key {description.signed_by}" if description.signed_by else "[yellow]not verified: give --vendor-key[/yellow]"
+    signer = (
+        f"verified, vendor key {description.signed_by}"
+        if description.signed_by
+        else "[yellow]not verified: give --vendor-key[/yellow]"
+    )
     table.add_row("signature", signer)
     table.add_row("bundle", f"format {manifest.format}, id {manifest.bundle_id}, made by {manifest.created_by}")
     table.add_row("digest", verified.digest)
@@ -198,7 +218,10 @@ def verify(
 @app.command()
 def enclave(
     bundle: Bundle,
-    keys: Annotated[Path, typer.Option(help="Key folder; the sealing key goes to the enclave by pipe.", show_default=False)],
+    keys: Annotated[
+        Path,
+        typer.Option(help="Key folder; the sealing key goes to the enclave by pipe.", show_default=False),
+    ],
     socket: Annotated[Path, typer.Option(help="Unix socket to listen on.", show_default=False)],
     dtype: DTypeOption = None,
     threads: Threads = 0,
@@ -264,7 +287,7 @@ def generate(
             "tokens": tokens[length:],
             "prompt_tokens": length,
             "seconds": round(seconds, 4),
-            "enclave": model.enclave.session.client.welcome.enclave,  # type: ignore[union-attr]
+            "enclave": _welcome(model).enclave,
         }
         print(json.dumps(document))
     else:
@@ -334,7 +357,7 @@ def compare(
     plain = AutoModelForCausalLM.from_pretrained(original, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(bundle)
     comparisons = compare_tokens(plain, protected, tokenizer, prompts, max_new_tokens)
-    table = Table("", "original", f"protected ({protected.enclave.session.client.welcome.enclave})")  # type: ignore[union-attr]
+    table = Table("", "original", f"protected ({_welcome(protected).enclave})")
     for result in comparisons:
         mark = "[green]equal[/green]" if result.equal else "[red]DIFFERS[/red]"
         texts = [_plain(result.prompt + tokenizer.decode(ids)) for ids in (result.original, result.protected)]
@@ -370,14 +393,23 @@ def _load(bundle: Path, keys: Path | None, enclave: Path | None, dtype: str | No
         if threads:
             torch.set_num_threads(threads)
         model = load(bundle, keys=keys, enclave=None if keys else enclave, dtype=dtype, threads=threads)
-    welcome = model.enclave.session.client.welcome  # type: ignore[union-attr]
+    welcome = _welcome(model)
     _banner(welcome.enclave, welcome.measures, False)
     return model
 
 
+def _welcome(model: "PreTrainedModel") -> "Welcome":
+    from semiopen.host.modeling import session_of
+
+    return session_of(model).client.welcome
+
+
 def _banner(kind: str, measures: list[str], full: bool) -> None:
     missing = [measure for measure in measures if measure.startswith("NOT applied")]
-    err.print(f"[yellow]{_plain(kind)}[/yellow]" + ("" if full or not missing else f" [dim]({len(missing)} of {len(measures)} measures not applied)[/dim]"))
+    err.print(
+        f"[yellow]{_plain(kind)}[/yellow]"
+        + ("" if full or not missing else f" [dim]({len(missing)} of {len(measures)} measures not applied)[/dim]")
+    )
     for measure in measures if full else []:
         err.print(f"  [{'yellow' if measure in missing else 'dim'}]{_plain(measure)}[/]")
 
@@ -399,7 +431,7 @@ def _sampling(temperature: float, seed: int | None) -> dict[str, Any]:
 
 def _room(model: "PreTrainedModel", length: int, max_new_tokens: int) -> int:
     """Tokens that still fit the context behind `length` prompt tokens."""
-    context = model.enclave.session.client.welcome.context  # type: ignore[union-attr]
+    context = _welcome(model).context
     if length >= context:
         raise SemiopenError(f"The prompt has {length} tokens and the context {context}; shorten the prompt.")
     return min(max_new_tokens, context - length)

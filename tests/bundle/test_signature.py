@@ -195,7 +195,7 @@ def test_a_name_listed_twice(vendor):
         ("predicateType", "https://model_signing/Digests/v0.1"),
         ("surprise", 1),
         ("subject", []),
-        ("subject", [{"name": "m", "digest": {"sha256": "0" * 64}}] * 2),
+        ("subject", statement(["a"])["subject"] * 2),
         ("subject", {}),
         ("subject.0.digest.sha256", "0" * 64),
         ("subject.0.digest.sha256", ...),
@@ -260,6 +260,18 @@ def test_envelopes_of_another_form(path, value, vendor):
     document = signed(json.dumps(statement(["a"])).encode(), vendor)
     with pytest.raises(BundleError, match=r"model\.sig"):
         verify(changed(document, path, value), vendor)
+
+
+def test_duplicate_keys_are_refused(vendor):
+    """Two parsers may differ in which of the two they take, so that one verifies what the other does not use."""
+    payload = json.dumps(statement(["a"]))
+    twice = '{"predicate": {"resources": []}, ' + payload[1:]
+    assert json.loads(twice) == json.loads(payload)
+    with pytest.raises(BundleError, match="not JSON"):
+        verify(signed(twice.encode(), vendor), vendor)
+    document = json.dumps(signed(payload.encode(), vendor))
+    with pytest.raises(BundleError, match="not JSON"):
+        verify_signature(b'{"mediaType": "x", ' + document[1:].encode(), vendor.vendor_key)
 
 
 def test_more_than_one_signature_is_refused(vendor):

@@ -41,7 +41,7 @@ def compare_tokens(
         start = inputs["input_ids"].shape[1]
         with torch.inference_mode():
             answers = [
-                model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, start:].tolist()
+                model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, start:].tolist()  # type: ignore[operator]
                 for model in (original, protected)
             ]
         comparisons.append(Comparison(prompt, *answers))

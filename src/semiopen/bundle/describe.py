@@ -7,7 +7,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from semiopen.bundle.files import Progress, read_file
 from semiopen.bundle.reader import VerifiedBundle, read_files
-from semiopen.bundle.signature import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, signed_payload_digest, vendor_key_id
+from semiopen.bundle.signature import (
+    MAX_SIGNATURE_BYTES,
+    SIGNATURE_NAME,
+    signed_payload_digest,
+    vendor_key_id,
+)
 
 
 @dataclass(frozen=True)

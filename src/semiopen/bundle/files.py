@@ -29,9 +29,7 @@ def check_name(name: str) -> None:
     """
     parts = name.split("/")
     if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
-        raise BundleError(
-            f"The bundle names a file {name!r}, which no bundle may contain; do not use this bundle."
-        )
+        raise BundleError(f"The bundle names a file {name!r}, which no bundle may contain; do not use this bundle.")
 
 
 def sort_key(name: str) -> tuple[str, ...]:
@@ -52,9 +50,7 @@ def list_files(folder: Path) -> list[str]:
         try:
             entries = list(os.scandir(folder / prefix))
         except OSError as error:
-            raise BundleError(
-                f"{folder / prefix} cannot be read ({error.strerror}); check the path."
-            ) from None
+            raise BundleError(f"{folder / prefix} cannot be read ({error.strerror}); check the path.") from None
         for entry in entries:
             name = prefix + entry.name
             if name in IGNORED_NAMES:

@@ -96,9 +96,7 @@ def parse_manifest(data: bytes) -> Manifest:
     if type(version) is not int:  # pydantic's Literal would take `true` and 1.0 for 1
         raise BundleError(f"{MANIFEST_NAME} does not say which format it has; fetch the bundle again.")
     if version > FORMAT:
-        raise BundleError(
-            f"{MANIFEST_NAME} has format {version}, this bundle needs a newer semiopen: upgrade."
-        )
+        raise BundleError(f"{MANIFEST_NAME} has format {version}, this bundle needs a newer semiopen: upgrade.")
     try:
         return Manifest.model_validate_json(data)
     except ValidationError as error:

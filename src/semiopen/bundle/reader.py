@@ -71,17 +71,13 @@ def read_files(
         raise BundleError(f"{folder} is not a folder; give the path of a bundle.")
     signed = verify_signed_files(read_file(folder, SIGNATURE_NAME, MAX_SIGNATURE_BYTES), trust)
     if MANIFEST_NAME not in signed.digests:
-        raise BundleError(
-            f"{MANIFEST_NAME} is not in this folder's signature, so it is a signed model but no bundle."
-        )
+        raise BundleError(f"{MANIFEST_NAME} is not in this folder's signature, so it is a signed model but no bundle.")
     if only is None:
         _refuse_added_files(folder, signed.digests)
     manifest = parse_manifest(_read_signed(folder, MANIFEST_NAME, signed.digests))
     for name in manifest.sealed_files():
         if name not in signed.digests:
-            raise BundleError(
-                f"{name!r} is in {MANIFEST_NAME} but was not signed; ask the vendor for a new bundle."
-            )
+            raise BundleError(f"{name!r} is in {MANIFEST_NAME} but was not signed; ask the vendor for a new bundle.")
     names = list(signed.digests) if only is None else list(dict.fromkeys(only))
     for name in names:
         _check_signed(name, signed.digests)
@@ -170,9 +166,7 @@ class _FileCursor:
             try:
                 count = os.preadv(self._descriptor, [buffer], self._offset)
             except OSError as error:
-                raise BundleError(
-                    f"{self._file_name!r} cannot be read ({error.strerror}); check the disk."
-                ) from None
+                raise BundleError(f"{self._file_name!r} cannot be read ({error.strerror}); check the disk.") from None
             if count == 0:
                 raise _changed(self._file_name)
             self._offset += count
@@ -195,9 +189,7 @@ def _refuse_added_files(folder: Path, digests: dict[str, str]) -> None:
 
 def _check_signed(name: str, digests: dict[str, str]) -> None:
     if name not in digests:
-        raise BundleError(
-            f"{name!r} is not a file that the vendor signed; ask for one that is in the bundle."
-        )
+        raise BundleError(f"{name!r} is not a file that the vendor signed; ask for one that is in the bundle.")
 
 
 def _changed(name: str) -> BundleError:

@@ -48,9 +48,7 @@ class SignedFiles:
 
 def vendor_key_id(public_key: ec.EllipticCurvePublicKey) -> str:
     """A fingerprint to compare by eye: SHA-256 of the key's SubjectPublicKeyInfo (DER), as 64 hex digits."""
-    return hashlib.sha256(
-        public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    ).hexdigest()
+    return hashlib.sha256(public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
 def sign_folder(
@@ -196,8 +194,7 @@ def _check_serialization(serialization: object) -> None:
     assert isinstance(serialization, dict)
     # `ignore_paths` is not read: IGNORED_NAMES applies to every bundle, whatever the signer ignored.
     if any(
-        serialization[key] != value or type(serialization[key]) is not type(value)
-        for key, value in required.items()
+        serialization[key] != value or type(serialization[key]) is not type(value) for key, value in required.items()
     ):
         raise _malformed("it must hash whole files with SHA-256, without links")
 
@@ -237,9 +234,7 @@ def _open_envelope(envelope: object) -> tuple[bytes, bytes]:
     signatures = envelope["signatures"]
     if not isinstance(signatures, list) or len(signatures) != 1:
         raise _malformed("it must have one signature")
-    _require(
-        signatures[0], {"sig"}, optional={"keyid"}
-    )  # DSSE: the key id is unauthenticated, never to be used
+    _require(signatures[0], {"sig"}, optional={"keyid"})  # DSSE: the key id is unauthenticated, never to be used
     return _base64(envelope["payload"]), _base64(signatures[0]["sig"])
 
 
@@ -248,9 +243,7 @@ def _pre_authentication_encoding(payload: bytes) -> bytes:
 
 
 def _key_hint(public_key: ec.EllipticCurvePublicKey) -> str:
-    return hashlib.sha256(
-        public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    ).hexdigest()
+    return hashlib.sha256(public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
 def _check_curve(public_key: ec.EllipticCurvePublicKey) -> None:

@@ -71,9 +71,7 @@ class BundleWriter:
         try:
             self._partial.mkdir(mode=0o700)
         except OSError as error:
-            raise BundleError(
-                f"{self._out} cannot be written ({error.strerror}); give another path."
-            ) from None
+            raise BundleError(f"{self._out} cannot be written ({error.strerror}); give another path.") from None
         return self
 
     def __exit__(
@@ -140,9 +138,7 @@ class BundleWriter:
         """
         _take_names(tensors, self._sealed_names)
         listed = [
-            SealedTensor(
-                name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), file=_sealed_name(1, 1)
-            )
+            SealedTensor(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape), file=_sealed_name(1, 1))
             for name, tensor in tensors.items()
         ]
         head, _ = sealed_layout(listed)
@@ -198,9 +194,7 @@ class BundleWriter:
         try:
             self._partial.rename(self._out)
         except OSError as error:
-            raise BundleError(
-                f"{self._out} cannot be written ({error.strerror}); give another path."
-            ) from None
+            raise BundleError(f"{self._out} cannot be written ({error.strerror}); give another path.") from None
         self._finished = True
         _sync(self._out.parent)
         return manifest

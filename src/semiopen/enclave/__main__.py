@@ -9,7 +9,7 @@ Order is the point: give up privileges, take the key, verify the bundle, unseal,
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from semiopen.enclave import hardening
 from semiopen.enclave.secret_memory import SecretBytes, read_secret
@@ -48,7 +48,7 @@ def main() -> int:
         except SemiopenError as error:
             _answer_start(start_reply, Failed(code="start", message=str(error)))
             return 1
-        except Exception as error:  # noqa: BLE001 - its text may hold data; its type and place do not
+        except Exception as error:
             _answer_start(start_reply, Failed(code="start", message=place_of(error)))
             return 1
     measures.append(hardening.lock_memory())
@@ -95,7 +95,7 @@ def _load_prefix(provision: "Provision", sealing_key: SecretBytes) -> "tuple[Pre
     sealing_key.wipe()
     tensors = load_sealed(bundle, bundle_key)
     del bundle_key
-    dtype = getattr(torch, provision.dtype) if provision.dtype else config.dtype
+    dtype = getattr(torch, provision.dtype) if provision.dtype else cast(torch.dtype, config.dtype)
     return Prefix(config, tensors, dtype), bundle.digest, bundle.manifest.plan.prefix
 
 

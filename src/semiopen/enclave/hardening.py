@@ -237,9 +237,7 @@ def _libc() -> ctypes.CDLL:
 
 def _call(function: str, *arguments: int | ctypes.Structure | None) -> tuple[int, str]:
     """Calls libc with long arguments, as variadic calls read whole registers: result, and why it failed."""
-    words = [
-        ctypes.c_long(a) if isinstance(a, int) else None if a is None else ctypes.byref(a) for a in arguments
-    ]
+    words = [ctypes.c_long(a) if isinstance(a, int) else None if a is None else ctypes.byref(a) for a in arguments]
     ctypes.set_errno(0)
     result = getattr(_libc(), function)(*words)
     return result, os.strerror(ctypes.get_errno()) if result < 0 else ""
@@ -258,9 +256,7 @@ def _no_core_file() -> Measure:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (OSError, ValueError) as error:
         return Measure(name, False, str(error))
-    return Measure(
-        name, resource.getrlimit(resource.RLIMIT_CORE) == (0, 0), "core size limit 0, soft and hard"
-    )
+    return Measure(name, resource.getrlimit(resource.RLIMIT_CORE) == (0, 0), "core size limit 0, soft and hard")
 
 
 def _not_dumpable() -> Measure:

@@ -135,9 +135,11 @@ def paged_attention(
         slots, mask = group.keys_in_view(sliding_window)
         q = query[group.tokens].transpose(1, 2)  # [R, h, Q, d]
         k, v = keys[slots].transpose(1, 2), values[slots].transpose(1, 2)  # [R, g, K, d]
-        attend = F.scaled_dot_product_attention if softcap is None else _softcapped_attention
-        extra = {} if softcap is None else {"softcap": softcap}
-        out = attend(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1], **extra)
+        grouped = q.shape[1] != k.shape[1]
+        if softcap is None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+        else:
+            out = _softcapped_attention(q, k, v, mask, scaling, grouped, softcap)
         output[group.tokens] = out.transpose(1, 2)
     return output[None], None
 

@@ -1,7 +1,9 @@
 """The sealed prefix: the family's own transformers modules for the embedding and the bottom blocks."""
 
+from typing import cast
+
 import torch
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from semiopen.enclave import paged_attention
@@ -31,7 +33,8 @@ class Prefix:
         self.context: int = config.max_position_embeddings
         family = FAMILIES[config.model_type]
         _say_nothing()
-        self.model, info = AutoModel._model_mapping[type(config)].from_pretrained(
+        model_class = cast(type[PreTrainedModel], AutoModel._model_mapping[type(config)])
+        self.model, info = model_class.from_pretrained(  # type: ignore[misc]
             None,
             config=config,
             state_dict=tensors,
@@ -71,4 +74,10 @@ def _say_nothing() -> None:
 
 
 # Buffers that old checkpoints carry and transformers recomputes.
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+_BUFFERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".rotary_emb.inv_freq",
+    ".attention.bias",
+    ".attention.masked_bias",
+)

@@ -115,7 +115,12 @@ class Server:
             session.arrays.block_table[0, :2] = (0, 1)
             session.arrays.copies[0] = (3, 2)
             self._answer(client, dump(Step(tokens=new, sequences=1, width=2, copies=1, score_cap=True)))
-        for payload in (dump(Hello()), dump(Status()), dump(Step(tokens=1, sequences=1, width=1, copies=0, score_cap=True)), b"{"):
+        for payload in (
+            dump(Hello()),
+            dump(Status()),
+            dump(Step(tokens=1, sequences=1, width=1, copies=0, score_cap=True)),
+            b"{",
+        ):
             self._answer(client, payload)
         self._clients.discard(client)
         if self._counters.steps != 2:
@@ -180,7 +185,7 @@ class Server:
         except ProtocolError as error:
             self._counters.refused += 1
             reply = Failed(code="message", message=str(error))
-        except Exception as error:  # noqa: BLE001 - nothing a client sends may end the enclave
+        except Exception as error:
             self._counters.refused += 1
             reply = Failed(code="internal", message=place_of(error))
         try:
@@ -258,7 +263,9 @@ class Server:
 
     def _send(self, client: Client, reply: BaseModel, descriptors: list[int]) -> None:
         frame = encode_frame(dump(reply))
-        sent = socket.send_fds(client.connection, [frame], descriptors) if descriptors else client.connection.send(frame)
+        sent = (
+            socket.send_fds(client.connection, [frame], descriptors) if descriptors else client.connection.send(frame)
+        )
         if sent != len(frame):
             raise ConnectionError("the client does not read its replies")
 

@@ -75,7 +75,7 @@ def check_open(request: Open, limits: Limits, open_sessions: int, blocks_in_use:
     if request.step_tokens > limits.max_step_tokens or request.sequences > limits.max_sequences:
         raise Refused(
             "limit",
-            f"A step may hold at most {limits.max_step_tokens} tokens of {limits.max_sequences} sequences; ask for less.",
+            f"A step may hold at most {limits.max_step_tokens} tokens of {limits.max_sequences} sequences.",
         )
     if request.blocks > limits.max_blocks - blocks_in_use:
         raise Refused(
@@ -111,7 +111,8 @@ class SlotLedger:
             held = per_block[table[:used]].reshape(-1)[:length]
             if not np.array_equal(held, np.arange(length)):
                 raise Refused(
-                    "position", "A sequence claims tokens that its KV blocks do not hold; send its tokens from the start."
+                    "position",
+                    "A sequence claims tokens that its KV blocks do not hold; send its tokens from the start.",
                 )
         self._position = after
 
@@ -152,11 +153,17 @@ def check_step(request: Step, arrays: SharedArrays, layout: Layout, limits: Limi
     if query_start[0] != 0 or query_start[-1] != tokens or (new_tokens < 1).any():
         raise Refused("shape", "query_start must rise from 0 to the number of tokens, with a token for each sequence.")
     if (token_ids < 0).any() or (token_ids >= limits.vocab_size).any():
-        raise Refused("token", f"A token id is outside the vocabulary of {limits.vocab_size}; use the bundle's tokenizer.")
+        raise Refused(
+            "token",
+            f"A token id is outside the vocabulary of {limits.vocab_size}; use the bundle's tokenizer.",
+        )
     if (seq_lens < new_tokens).any():
         raise Refused("shape", "A sequence is shorter than the tokens sent for it.")
     if (seq_lens > limits.context).any():
-        raise Refused("context", f"A sequence is longer than the context of {limits.context} tokens; shorten the prompt.")
+        raise Refused(
+            "context",
+            f"A sequence is longer than the context of {limits.context} tokens; shorten the prompt.",
+        )
     if (seq_lens > width * BLOCK_SIZE).any():
         raise Refused("block", "A block table is too short for its sequence.")
     used = np.arange(width)[None, :] * BLOCK_SIZE < seq_lens[:, None]

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from semiopen.errors import SemiopenError
+from semiopen.host.modeling import session_of
 
 
 class Conversation:
@@ -33,7 +34,7 @@ class Conversation:
             SemiopenError: the conversation fills the context, or the enclave is gone.
         """
         ids = self._ids_after(line)
-        context = self._model.enclave.session.client.welcome.context  # type: ignore[union-attr]
+        context = session_of(self._model).client.welcome.context
         if len(ids) >= context:
             raise SemiopenError(
                 f"The conversation has {len(ids)} tokens and the context {context}; start a new one with /new."
@@ -67,13 +68,18 @@ class Conversation:
         if "error" in outcome:
             raise outcome["error"]
         self._cached_ids = outcome["ids"]
-        self._messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer.strip()}]
+        self._messages += [
+            {"role": "user", "content": line},
+            {"role": "assistant", "content": answer.strip()},
+        ]
         self._text += line + answer
 
     def _ids_after(self, line: str) -> list[int]:
         if self._tokenizer.chat_template:
             messages = [*self._messages, {"role": "user", "content": line}]
-            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]  # type: ignore[index, return-value]
+            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]  # type: ignore[index, return-value]
         return self._tokenizer(self._text + line)["input_ids"]  # type: ignore[return-value]
 
     def _reuse_cache(self, ids: list[int]) -> None:

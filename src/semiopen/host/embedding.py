@@ -133,16 +133,27 @@ class EnclaveEmbedding(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.session: EnclaveSession | None = None
+        self._session: EnclaveSession | None = None
         self._closer: Callable[[], object] = lambda: None
+
+    @property
+    def session(self) -> EnclaveSession:
+        """The session in use.
+
+        Raises:
+            EnclaveError: there is none, or it was closed.
+        """
+        if self._session is None:
+            raise EnclaveError("This model has no enclave now; load it again with semiopen.load.", "gone")
+        return self._session
 
     def attach(self, session: EnclaveSession, closer: Callable[[], object]) -> None:
         """Use `session` from now on; `closer` ends it and whatever was started for it."""
-        self.session, self._closer = session, closer
+        self._session, self._closer = session, closer
 
     def close(self) -> None:
         """End the session, and the dev enclave if it was started for this model. Also done when the model goes."""
-        self.session = None
+        self._session = None
         self._closer()
 
     def forward(
@@ -158,9 +169,8 @@ class EnclaveEmbedding(nn.Module):
         Returns:
             States [B, S, H] on the device of `input_ids`.
         """
-        if self.session is None:
-            raise EnclaveError("This model has no enclave; load it with semiopen.load or AutoModelForCausalLM.")
+        session = self.session
         ids = input_ids.cpu()
         real = torch.ones_like(ids, dtype=torch.bool) if tokens is None else tokens.cpu()
-        states = self.session.run_once(ids, real) if rows is None else self.session.run(ids, real, rows)
+        states = session.run_once(ids, real) if rows is None else session.run(ids, real, rows)
         return states.to(input_ids.device)

@@ -60,7 +60,11 @@ class EnclaveProcess:
                 start_new_session=True,  # Ctrl-C in a terminal is the host's to handle
             )
         provision = Provision(
-            bundle=str(bundle.resolve()), vendor_key=vendor_key, dtype=dtype, threads=threads, max_blocks=max_blocks
+            bundle=str(bundle.resolve()),
+            vendor_key=vendor_key,
+            dtype=dtype,
+            threads=threads,
+            max_blocks=max_blocks,
         )
         assert self._process.stdin is not None
         try:

@@ -5,10 +5,10 @@ import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from semiopen.auto_classes import SemiopenConfig
@@ -89,15 +89,16 @@ def load(
 
 
 def _build(folder: Path, dtype: torch.dtype | str | None, kwargs: dict[str, Any]) -> PreTrainedModel:
-    config = SemiopenConfig.from_pretrained(folder).text_config
+    config = cast(PreTrainedConfig, cast(SemiopenConfig, SemiopenConfig.from_pretrained(folder)).text_config)
     with _quiet():
-        model, info = host_class(causal_lm_class(config)).from_pretrained(
+        loaded = host_class(causal_lm_class(config)).from_pretrained(
             folder,
             config=config,
             dtype=dtype if dtype is not None else config.dtype,
             output_loading_info=True,
             **kwargs,
         )
+    model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     if info["missing_keys"] or info["mismatched_keys"]:
         # transformers would go on with random weights in their place.
         lacking = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})[0]

@@ -6,7 +6,7 @@ with the transformers cache. What cannot be answered exactly is refused here, in
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from semiopen.errors import UnsupportedCallError
 from semiopen.host.cache import FollowsEnclave, follow
-from semiopen.host.embedding import EnclaveEmbedding
+from semiopen.host.embedding import EnclaveEmbedding, EnclaveSession
 from semiopen.host.sequences import Rows
 from semiopen.model.families import FAMILIES
 
@@ -31,7 +31,7 @@ class SemiopenModel:
     """What the host's model class has beside its family's class."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg] - the family's class comes next
         family = FAMILIES[config.model_type]
         decoder: nn.Module = self.base_model  # type: ignore[attr-defined]
         setattr(decoder, family.embedding, EnclaveEmbedding())
@@ -45,7 +45,7 @@ class SemiopenModel:
     @property
     def enclave(self) -> EnclaveEmbedding:
         """The embedding that is the enclave."""
-        return self.get_input_embeddings()  # type: ignore[attr-defined]
+        return cast(EnclaveEmbedding, self.get_input_embeddings())  # type: ignore[attr-defined]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: without its sealed prefix the folder would not be a model."""
@@ -70,6 +70,15 @@ def host_class(family_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(family_class.__name__, (SemiopenModel, family_class), body)
 
 
+def session_of(model: nn.Module) -> EnclaveSession:
+    """The session behind a model that `semiopen.load` returned.
+
+    Raises:
+        EnclaveError: it was closed.
+    """
+    return cast(SemiopenModel, model).enclave.session
+
+
 def _run_prefix(
     signature: inspect.Signature, decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
@@ -89,28 +98,25 @@ def _run_prefix(
         use_cache, cache = False, None
     if cache is None and use_cache:
         cache = DynamicCache(config=decoder.config)
-    embedding: EnclaveEmbedding = decoder.get_input_embeddings()
+    embedding = cast(EnclaveEmbedding, decoder.get_input_embeddings())
     rows = None
     if cache is not None:
         if not isinstance(cache, FollowsEnclave):
-            if embedding.session is None:
-                embedding(input_ids)  # says how to load the model
-            follow(cache, embedding.session.rows(len(input_ids)))  # type: ignore[union-attr]
-        rows = cache.enclave_rows  # type: ignore[union-attr]
-        _check_in_step(cache, rows, input_ids, embedding)
+            follow(cache, embedding.session.rows(len(input_ids)))
+        rows = cast(FollowsEnclave, cache).enclave_rows
+        _check_in_step(cache, rows, input_ids, embedding.session)
     tokens = _tokens(call.get("attention_mask"), input_ids, rows)
     _check_positions(call.get("position_ids"), tokens, rows, bool(FAMILIES[decoder.config.model_type].positions))
-    if embedding.session is not None:
-        # Transformers' SDPA leaves out Gemma 2's cap on attention scores; its eager attention does not.
-        embedding.session.score_cap = decoder.config._attn_implementation != "sdpa"
+    # Transformers' SDPA leaves out Gemma 2's cap on attention scores; its eager attention does not.
+    embedding.session.score_cap = decoder.config._attn_implementation != "sdpa"
     call["inputs_embeds"] = embedding(input_ids, tokens, rows).to(decoder.dtype)
     call["past_key_values"] = cache
     call["use_cache"] = use_cache
     return (), call
 
 
-def _check_in_step(cache: Any, rows: Rows, input_ids: torch.Tensor, embedding: EnclaveEmbedding) -> None:
-    if embedding.session is None or rows.pool is not embedding.session.pool:
+def _check_in_step(cache: Any, rows: Rows, input_ids: torch.Tensor, session: EnclaveSession) -> None:
+    if rows.pool is not session.pool:
         raise UnsupportedCallError("This cache belongs to another model or enclave; start with an empty one.")
     if len(rows.tables) != len(input_ids) or int(cache.get_seq_length()) != rows.columns:
         raise UnsupportedCallError(

@@ -43,5 +43,7 @@ def plan_for(num_layers: int, prefix: int | None, preset: str | None) -> Plan:
             raise ValueError(f"Preset {preset!r} is unknown; choose one of: {', '.join(sizes)}.")
         prefix = sizes[preset or "bottom"]
     if not 0 <= prefix <= num_layers:
-        raise ValueError(f"Prefix {prefix} is out of range; this model has {num_layers} blocks, so give 0 to {num_layers}.")
+        raise ValueError(
+            f"Prefix {prefix} is out of range; this model has {num_layers} blocks, so give 0 to {num_layers}."
+        )
     return Plan(prefix=prefix)

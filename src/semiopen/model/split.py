@@ -9,9 +9,9 @@ import copy
 import re
 from dataclasses import dataclass
 from enum import Enum
+from typing import cast
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from semiopen.errors import UnsupportedModelError
 from semiopen.model.families import FAMILIES, PER_LAYER_LISTS, Family
@@ -176,19 +176,12 @@ def _sparse_blocks(config: PreTrainedConfig) -> set[int] | None:
     return {i for i in range(config.num_hidden_layers) if i not in dense and (i + 1) % step == 0}
 
 
-def causal_lm_class(config: PreTrainedConfig) -> type:
+def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The transformers class that runs a whole model of this config."""
-    return AutoModelForCausalLM._model_mapping[type(config)]
+    return cast(type[PreTrainedModel], AutoModelForCausalLM._model_mapping[type(config)])
 
 
 def config_from_dict(data: dict) -> PreTrainedConfig:
     """Rebuild a config that was stored with `to_dict`; never runs code from the folder it came from."""
     data = dict(data)
     return AutoConfig.for_model(data.pop("model_type"), **data)
-
-
-def parameter_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of a whole model's parameters in `dtype`, counted without allocating them."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(p.numel() for p in model.parameters()) * dtype.itemsize

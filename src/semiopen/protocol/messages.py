@@ -113,7 +113,17 @@ class StatusIs(_Message):
 
 
 FailureCode = Literal[
-    "frame", "message", "order", "limit", "shape", "token", "context", "block", "position", "start", "internal"
+    "frame",
+    "message",
+    "order",
+    "limit",
+    "shape",
+    "token",
+    "context",
+    "block",
+    "position",
+    "start",
+    "internal",
 ]
 
 

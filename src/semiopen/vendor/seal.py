@@ -9,13 +9,13 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
-import semiopen
 from semiopen.bundle.keys import load_sealing_key, load_signing_key
 from semiopen.bundle.manifest import Manifest
 from semiopen.bundle.writer import BundleWriter
 from semiopen.errors import SemiopenError, UnsupportedModelError
 from semiopen.model.plan import plan_for
 from semiopen.model.split import Part, Split, check_supported, split_config
+from semiopen.version import VERSION
 
 # Beside weights and config: what a hub folder holds that its users need. Everything else stays at the vendor.
 _COMPANIONS = (
@@ -64,14 +64,12 @@ def seal(
     """
     folder = find_model(model)
     config = _read_config(folder)
-    split = split_config(config, plan_for(config.num_hidden_layers, prefix, preset).prefix)
     plan = plan_for(config.num_hidden_layers, prefix, preset)
+    split = split_config(config, plan.prefix)
     shards = weight_files(folder)
     report = progress or (lambda what, done, total: None)
     total = sum(shard.stat().st_size for shard in shards)
-    writer = BundleWriter(
-        Path(out), sealing_key=load_sealing_key(Path(keys)), signing_key=load_signing_key(Path(keys))
-    )
+    writer = BundleWriter(Path(out), sealing_key=load_sealing_key(Path(keys)), signing_key=load_signing_key(Path(keys)))
     with writer:
         writer.add_file("config.json", bundle_config(split))
         for path in _companions(folder):
@@ -97,7 +95,7 @@ def seal(
             architecture=split.architecture,
             num_layers=split.num_layers,
             open_embedding=split.tied,
-            created_by=f"semiopen {semiopen.__version__}",
+            created_by=f"semiopen {VERSION}",
             progress=lambda done, total: report("signing", done, total),
         )
 
