@@ -220,7 +220,8 @@ def say(text: str) -> None:
 def progress() -> Progress:
     """A progress bar on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    # No thread that redraws: it would take time from what is measured.
+    return Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], note: str = "") -> None:

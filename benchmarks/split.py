@@ -244,6 +244,11 @@ def measure_model(folder: Path, name: str, dtype: torch.dtype, options: argparse
     prefixes = prefix_sizes(options.prefix, layers)
     lines = len(prefixes) * len(options.batch) * len(options.prompt)
     task = bar.add_task(name, total=lines * (options.rounds + 1))
+
+    def advance() -> None:
+        bar.advance(task)
+        bar.refresh()
+
     # The two copies are read once and stay for all prefixes.
     plain, again = (AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for _ in range(2))
     for prefix in prefixes:
@@ -255,7 +260,7 @@ def measure_model(folder: Path, name: str, dtype: torch.dtype, options: argparse
             for batch in options.batch:
                 for prompt in options.prompt:
                     label = f"{name}/prefix={prefix}of{layers}"
-                    cases.append(compare(models, label, batch, prompt, options, lambda: bar.advance(task)))
+                    cases.append(compare(models, label, batch, prompt, options, advance))
         finally:
             split.enclave.close()  # type: ignore[operator, union-attr]
     bar.remove_task(task)

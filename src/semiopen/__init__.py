@@ -9,13 +9,14 @@ After `import semiopen`, transformers' `AutoModelForCausalLM.from_pretrained(bun
 from typing import TYPE_CHECKING, Any
 
 from semiopen.auto import register as _register
+from semiopen.errors import SemiopenError
 from semiopen.version import VERSION
 
 if TYPE_CHECKING:
     from semiopen.host.load import load
     from semiopen.vendor.seal import seal
 
-__all__ = ["load", "seal"]
+__all__ = ["SemiopenError", "load", "seal"]
 __version__ = VERSION
 
 _register()

@@ -48,9 +48,7 @@ def unsealed(ciphertext: bytes, size: int, header: TensorHeader = HEADER, key: b
     return bytes(out)
 
 
-small_chunks = mock.patch.object(
-    primitives, "CHUNK_BYTES", 32
-)  # hypothesis then meets many boundaries cheaply
+small_chunks = mock.patch.object(primitives, "CHUNK_BYTES", 32)  # hypothesis then meets many boundaries cheaply
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 2])
@@ -94,9 +92,7 @@ def test_any_other_length_fails(data, plaintext):
     changed = ciphertext[:length] + secrets.token_bytes(max(0, length - len(ciphertext)))
     for size in (other, len(plaintext)):
         with pytest.raises(SealedDataError):
-            unsealed(changed, size) if length != len(ciphertext) or size == other else pytest.fail(
-                "unchanged"
-            )
+            unsealed(changed, size) if length != len(ciphertext) or size == other else pytest.fail("unchanged")
 
 
 @small_chunks

@@ -26,9 +26,7 @@ def all_open(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_layout_is_what_hugging_face_tools_expect(bundle_folder):
-    names = {
-        path.relative_to(bundle_folder).as_posix() for path in bundle_folder.rglob("*") if path.is_file()
-    }
+    names = {path.relative_to(bundle_folder).as_posix() for path in bundle_folder.rglob("*") if path.is_file()}
     assert names == {
         *FILES,
         "semiopen.json",
@@ -98,9 +96,7 @@ def test_everyone_may_read_a_bundle(tmp_path, vendor):
 
 values = st.lists(st.integers(0, 255), min_size=1, max_size=64).map(bytes)
 tensors = st.tuples(st.sampled_from(sorted(TORCH_DTYPES)), st.integers(0, 5), st.integers(0, 3), values)
-named = st.dictionaries(
-    st.from_regex(r"[a-z_.0-9äß\" /]{1,12}", fullmatch=True), tensors, min_size=1, max_size=5
-)
+named = st.dictionaries(st.from_regex(r"[a-z_.0-9äß\" /]{1,12}", fullmatch=True), tensors, min_size=1, max_size=5)
 
 
 def build(spec: dict) -> dict[str, torch.Tensor]:
@@ -111,11 +107,7 @@ def build(spec: dict) -> dict[str, torch.Tensor]:
         data = (pattern * (size // len(pattern) + 1))[:size]
         if dtype == "BOOL":
             data = bytes(byte & 1 for byte in data)
-        flat = (
-            torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            if size
-            else torch.empty(0, dtype=torch.uint8)
-        )
+        flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
         built[name] = flat.view(TORCH_DTYPES[dtype]).reshape(rows, columns)
     return built
 
@@ -150,6 +142,15 @@ def test_views_and_shared_memory_are_written_by_value(tmp_path, vendor):
     for name, tensor in views.items():
         assert same(found[name], tensor)
         assert same(found["sealed." + name], tensor)
+
+
+def test_a_part_of_a_tensor_is_written_without_the_rest(tmp_path, vendor):
+    with vendor.writer(tmp_path / "b") as writer:
+        writer.add_open_shard({"part": torch.arange(24.0)[2:5]})
+        writer.add_sealed({"part": torch.arange(24.0)[2:5]})
+        manifest = writer.finish(**FINISH)
+    assert same(all_open(tmp_path / "b")["part"], torch.tensor([2.0, 3.0, 4.0]))
+    assert (manifest.open_bytes, manifest.sealed_bytes) == (12, 12)
 
 
 def test_one_name_may_be_open_and_sealed(tmp_path, vendor):

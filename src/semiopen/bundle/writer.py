@@ -119,10 +119,10 @@ class BundleWriter:
         seen: set[int] = set()
         for name, tensor in tensors.items():
             tensor = tensor.detach().cpu().contiguous()
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
-                tensor = tensor.clone()  # safetensors refuses shared and partly used storage
-            seen.add(storage.data_ptr())
+            memory = tensor.untyped_storage().data_ptr()
+            if memory in seen:
+                tensor = tensor.clone()  # safetensors refuses tensors that share memory
+            seen.add(memory)
             own[name] = tensor
         save_file(own, self._partial / _pending_open(len(self._open)), metadata={"format": "pt"})
         self._open.append(sizes)
