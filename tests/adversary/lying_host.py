@@ -395,7 +395,7 @@ BAD_PAYLOADS: dict[str, bytes] = {
     "60000 digits": _step_json(tokens="9" * 60000),
     "leading zero": _step_json(tokens="01"),
     "hexadecimal": _step_json(tokens="0x1"),
-    "duplicate key, the last is bad": _step_json() [:-1] + b',"tokens":-1}',
+    "duplicate key, the last is bad": _step_json()[:-1] + b',"tokens":-1}',
     "duplicate kind, the last is unknown": b'{"kind":"hello","kind":"goodbye"}',
     "open with nothing": b'{"kind":"open","blocks":0,"step_tokens":0,"sequences":0}',
     "open with 2**31 blocks": b'{"kind":"open","blocks":2147483648,"step_tokens":1,"sequences":1}',

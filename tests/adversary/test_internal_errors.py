@@ -35,7 +35,13 @@ def states_alone(enclave):
         return host.states(NEXT)
 
 
-ERRORS = [RuntimeError(SECRET), KeyError(SECRET), OSError(5, SECRET, SECRET), MemoryError(SECRET), AssertionError(SECRET)]
+ERRORS = [
+    RuntimeError(SECRET),
+    KeyError(SECRET),
+    OSError(5, SECRET, SECRET),
+    MemoryError(SECRET),
+    AssertionError(SECRET),
+]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -119,7 +125,9 @@ def test_honest_client_is_told_in_one_sentence(enclave, monkeypatch):
     try:
         client.open(blocks=4, step_tokens=40, sequences=2)
         monkeypatch.setattr(Prefix, "run", fails(RuntimeError(SECRET)))
-        with pytest.raises(EnclaveError, match=r"^The enclave met an internal error \(RuntimeError at .*\)\.$") as caught:
+        with pytest.raises(
+            EnclaveError, match=r"^The enclave met an internal error \(RuntimeError at .*\)\.$"
+        ) as caught:
             client.step(StepInput(TEXTS[0][:5], [5], [5], [[0]], [], True))
         assert caught.value.code == "internal"
     finally:

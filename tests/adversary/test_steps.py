@@ -248,7 +248,12 @@ class SecondOpinion:
         return set()
 
 
-_values = st.integers(-2, 45) | st.sampled_from([198, 199, 255, 256, 257, *INT32])
+_VALUES = {
+    "token_ids": st.sampled_from([0, VOCABULARY - 1, VOCABULARY, *INT32]),
+    "query_start": st.integers(-1, STEP_TOKENS + 1) | st.sampled_from(INT32),
+    "seq_lens": st.integers(-1, 50) | st.sampled_from([CONTEXT, CONTEXT + 1, *INT32]),
+    "block_table": st.integers(-1, BLOCKS) | st.sampled_from(INT32),
+}
 _DISJOINT = [[0, 1, 3], [2, 4, 5], [6, 7, 3], [7, 6, 0]]
 _blocks = st.integers(0, BLOCKS - 1)
 
@@ -269,15 +274,19 @@ def _steps(draw: Callable) -> RawStep:
     )
     if draw(st.booleans()):
         step = step.but(block_table=copy.deepcopy(_DISJOINT[: len(step.seq_lens)]))
-    pairs = st.tuples(_blocks | _values, _blocks | _values) if draw(st.booleans()) else st.tuples(_blocks, _blocks)
+    pairs = (
+        st.tuples(_VALUES["block_table"], _VALUES["block_table"])
+        if draw(st.booleans())
+        else st.tuples(_blocks, _blocks)
+    )
     step = step.but(copies=draw(st.lists(pairs, max_size=2)))
     for _ in range(draw(st.integers(0, 2))):
-        array = draw(st.sampled_from(["token_ids", "query_start", "seq_lens", "block_table"]))
+        array = draw(st.sampled_from(list(_VALUES)))
         target = getattr(step, array)
         index = [draw(st.integers(0, len(target) - 1))]
         if array == "block_table":
             index.append(draw(st.integers(0, len(target[0]) - 1)))
-        step = step.with_value(array, tuple(index), draw(_values))
+        step = step.with_value(array, tuple(index), draw(_VALUES[array]))
     return step
 
 
