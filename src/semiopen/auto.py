@@ -8,36 +8,51 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_TARGET = "transformers.models.auto.modeling_auto"
-
 
 def register() -> None:
     """Register with transformers now, or as soon as its auto classes are imported.
 
     Importing transformers takes seconds, which `semiopen --help` must not, so a bare import of semiopen waits.
     """
-    if _TARGET in sys.modules:
-        _register_classes()
-    else:
-        sys.meta_path.insert(0, _AfterImport())
+    for module, register_class in _REGISTER_AFTER.items():
+        if module in sys.modules:
+            register_class()
+        else:
+            sys.meta_path.insert(0, _AfterImport(module))
 
 
-def _register_classes() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _register_config() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from semiopen.auto_classes import SemiopenConfig
+
+    AutoConfig.register("semiopen", SemiopenConfig, exist_ok=True)
+
+
+def _register_model() -> None:
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     from semiopen.auto_classes import SemiopenConfig, SemiopenForCausalLM
 
-    AutoConfig.register("semiopen", SemiopenConfig, exist_ok=True)
     AutoModelForCausalLM.register(SemiopenConfig, SemiopenForCausalLM, exist_ok=True)
 
 
+_REGISTER_AFTER = {
+    "transformers.models.auto.configuration_auto": _register_config,
+    "transformers.models.auto.modeling_auto": _register_model,
+}
+
+
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Lets the import of transformers' auto classes run as usual, then registers."""
+    """Lets the import of one module run as usual, then registers."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _TARGET:
+        if fullname != self._module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -47,7 +62,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         def run_and_register(module: ModuleType) -> None:
             run(module)
-            _register_classes()
+            _REGISTER_AFTER[fullname]()
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec

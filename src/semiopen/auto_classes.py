@@ -1,9 +1,17 @@
-"""The classes that transformers' auto classes find for a bundle. Light: the host is imported on use."""
+"""The classes that transformers' auto classes find for a bundle.
+
+They are registered in the middle of transformers' own imports, so nothing of it may be imported here that is not
+there already; the host is imported on use.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class SemiopenConfig(PreTrainedConfig):
@@ -29,13 +37,13 @@ def _config(data: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:
     return config_from_dict(data) if isinstance(data, dict) else data
 
 
-class SemiopenForCausalLM(PreTrainedModel):
+class SemiopenForCausalLM:
     """Entry for `AutoModelForCausalLM.from_pretrained(BUNDLE)`; what comes back is a model of the family."""
 
     config_class = SemiopenConfig
 
     @classmethod
-    def from_pretrained(cls, bundle: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:  # type: ignore[override]
+    def from_pretrained(cls, bundle: str | Path, *args: Any, **kwargs: Any) -> "PreTrainedModel":
         """Open a bundle; arguments as for `semiopen.load`."""
         from semiopen.host.load import load
 

@@ -113,7 +113,7 @@ def resident(pid: int) -> int:
 def descriptors(pid: int) -> list[str]:
     """What kinds of things a process's descriptors are, sorted."""
     try:
-        targets = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+        targets = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
     except PermissionError:
         pytest.skip("/proc/PID/fd of the enclave is readable by root only")
     return sorted(target.partition(":")[0] for target in targets)
@@ -189,10 +189,9 @@ def test_hostile_steps(process, unharmed):
 def test_flood_and_storm(process, unharmed):
     for _ in range(100):
         LyingHost(process.socket_path).close()
-    with LyingHost(process.socket_path) as host:
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):
-            for _ in range(1000):
-                host.socket.sendall(STATUS * 1000)
+    with LyingHost(process.socket_path) as host, pytest.raises((BrokenPipeError, ConnectionResetError)):
+        for _ in range(1000):
+            host.socket.sendall(STATUS * 1000)
     unharmed(process.socket_path)
 
 

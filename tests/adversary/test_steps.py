@@ -1,6 +1,7 @@
 """Attacks through the numbers of a step. Each gets its code, changes nothing, and leaves the session exact."""
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -204,7 +205,7 @@ class SecondOpinion:
         if tokens > STEP_TOKENS or sequences > SEQUENCES or len(step.copies) > SEQUENCES:
             return {"shape"}
         starts = step.query_start
-        if starts[0] != 0 or starts[-1] != tokens or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+        if starts[0] != 0 or starts[-1] != tokens or any(b <= a for a, b in itertools.pairwise(starts)):
             return {"shape"}
         found = set()
         if any(not 0 <= token < VOCABULARY for token in step.token_ids):

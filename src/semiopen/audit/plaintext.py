@@ -14,8 +14,10 @@ from safetensors import safe_open
 
 from semiopen.bundle.manifest import Manifest
 from semiopen.errors import SemiopenError
+from semiopen.model.families import FAMILIES
 
 PIECE_BYTES = 48
+_EMBEDDINGS = {family.embedding for family in FAMILIES.values()}
 _DISTINCT_BYTES = 16  # a piece with fewer is a constant, such as a norm of ones, and found everywhere
 
 
@@ -34,7 +36,9 @@ def sample_pieces(weights: Iterable[Path], manifest: Manifest, per_tensor: int =
     The embedding of a tied model is left out: its open head holds the same matrix, as the manifest says.
     """
     choose = random.Random(seed)  # noqa: S311 - where to look is no secret
-    sealed = {tensor.name for tensor in manifest.sealed if not (manifest.open_embedding and "embed" in tensor.name)}
+    sealed = {tensor.name for tensor in manifest.sealed}
+    if manifest.open_embedding:
+        sealed = {name for name in sealed if name.split(".")[-2] not in _EMBEDDINGS}
     pieces = []
     for shard in weights:
         with safe_open(shard, framework="pt") as file:

@@ -75,12 +75,13 @@ def load(
             model = _build(folder, dtype, kwargs)
             process.wait_ready()
             client = EnclaveClient(process.socket_path)
+            cleanup.callback(client.close)
         else:
             assert enclave is not None
             client = EnclaveClient(enclave)
+            cleanup.callback(client.close)
             verified = read_files(folder, client.welcome.bundle_digest)
             model = _build(folder, dtype, kwargs)
-        cleanup.callback(client.close)
         _check_match(client, verified, model)
         session = EnclaveSession(client, kv_tokens)
         closer = weakref.finalize(model, cleanup.pop_all().close)
