@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from semiopen.enclave.trusted_state import BLOCK_SIZE
 from semiopen.protocol.messages import Failed
 from tests.adversary.conftest import until
-from tests.adversary.lying_host import HISTORY, NEXT, TEXTS, LyingHost, RawStep, code_of, status
+from tests.adversary.lying_host import HISTORY, NEXT, STEP_ATTACKS, TEXTS, LyingHost, RawStep, code_of, status
 
 # A host without torch, written to be killed. Opens a session, runs a step, sends another and dies at once.
 DOOMED_HOST = """
@@ -110,6 +111,16 @@ def test_refusals_say_nothing_of_other_sessions(enclave, unharmed):
         assert refusals() == alone
     assert all(isinstance(refusal, Failed) for refusal in alone)
     unharmed(enclave.path)
+
+
+def test_nothing_of_a_closed_session_is_kept(enclave):
+    with LyingHost(enclave.path) as host:
+        host.open().states(HISTORY)
+        host.step(STEP_ATTACKS["read of blocks never written"][1])
+        (session,) = [client.session for client in enclave.server._clients if client.session]
+        kept = [weakref.ref(part) for part in (session, session.cache, session.arrays, session.ledger)]
+        del session
+    until(lambda: not any(part() for part in kept), "the enclave keeps parts of a closed session", 5)
 
 
 @pytest.mark.parametrize("moment", ["between steps", "in a step"])
