@@ -204,7 +204,9 @@ def _commit() -> str | None:
         return subprocess.run(["git", "-C", str(REPO), *arguments], capture_output=True, text=True, check=True).stdout
 
     try:
-        return git("rev-parse", "--short=12", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "src") else "")
+        return git("rev-parse", "--short=12", "HEAD").strip() + (
+            "+changes" if git("status", "--porcelain", "src") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -226,13 +228,15 @@ def progress() -> Progress:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], note: str = "") -> None:
     """Print one table on stdout. The first column is text, the others are numbers."""
-    table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
+    table = Table()
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
-    width = None if sys.stdout.isatty() else 160
-    Console(width=width).print(table)
+    print(f"\n{title}")
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    if note:
+        print(note)
 
 
 def print_machine(about: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ Four comparisons, each alternating (A B A B), each a median of per-round ratios:
 Times: 1.15 means 15 % longer. Peak memory is the high-water mark of resident memory (VmHWM) of fresh processes. The
 protected side is host + enclave, added: an upper bound, since the two peaks need not coincide, and shared libraries
 count in both. `above_imports` leaves out what a process holds once its imports are done, and shows the model's part,
-which is what grows with the model; for the enclave the host's figure after imports is taken, as it imports much the same.
+which is what grows with the model; for the enclave the host's figure after imports is taken, as it imports much the
+same. With a small checkpoint that part is mostly the family's code and buffers, so read it at the default size.
 
 Files are in the page cache, as after a download. During each cold load the run checks that no file appears.
 """
@@ -77,7 +78,11 @@ def child(task: str, arguments: list[str], temporary: Path) -> Iterator[dict[str
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, str(CHILD), task, *arguments],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=temporary, text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        cwd=temporary,
+        text=True,
     )
     assert process.stdin is not None and process.stdout is not None
     line = process.stdout.readline()
@@ -119,7 +124,9 @@ def open_cold(task: str, arguments: list[str], space: Path) -> dict[str, Any]:
 # --- The comparisons --------------------------------------------------------------------------------------------
 
 
-def measure_cold(model: Path, bundle: Path, keys: Path, rounds: int, space: Path, advance: Callable[[], None]) -> dict[str, Any]:
+def measure_cold(
+    model: Path, bundle: Path, keys: Path, rounds: int, space: Path, advance: Callable[[], None]
+) -> dict[str, Any]:
     """Whole processes."""
     runs: dict[str, list[dict[str, Any]]] = {"plain": [], "split": [], "again": []}
     arguments = {"plain": [str(model)], "split": [str(bundle), str(keys)], "again": [str(model)]}
@@ -135,8 +142,12 @@ def measure_cold(model: Path, bundle: Path, keys: Path, rounds: int, space: Path
         return [run["host"]["peak"] + sum(enclave["peak"] for enclave in run["enclave"]) for run in runs[side]]
 
     def above(side: str) -> list[float]:
-        return [run["host"]["peak"] - run["imported"]["peak"]
-                + sum(enclave["peak"] - run["imported"]["peak"] for enclave in run["enclave"]) for run in runs[side]]
+        return [
+            run["host"]["peak"]
+            - run["imported"]["peak"]
+            + sum(enclave["peak"] - run["imported"]["peak"] for enclave in run["enclave"])
+            for run in runs[side]
+        ]
 
     return {
         "ratio": paired(series("split", "wall_s"), series("plain", "wall_s")),
@@ -206,8 +217,9 @@ def measure_warm(model: Path, bundle: Path, keys: Path, rounds: int, advance: Ca
     return {"warm": against_plain("split"), "running": against_plain("running")}
 
 
-def measure_seal(model: Path, keys: Path, prefix: int, sealed_bytes: int, rounds: int, space: Path,
-                 advance: Callable[[], None]) -> dict[str, Any]:
+def measure_seal(
+    model: Path, keys: Path, prefix: int, sealed_bytes: int, rounds: int, space: Path, advance: Callable[[], None]
+) -> dict[str, Any]:
     """Sealing in fresh processes."""
     shards = [path.stat().st_size for path in model.glob("*.safetensors")]
     temporary = space / "temporary"
@@ -236,13 +248,23 @@ def measure_seal(model: Path, keys: Path, prefix: int, sealed_bytes: int, rounds
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", metavar="SIZE", default="large",
-                        help=f"random Llama in bf16: {', '.join(SIZES)}, or HIDDEN,LAYERS,INTERMEDIATE,HEADS,KV,VOCAB "
-                        "(default: large, 634 MB)")
-    parser.add_argument("--shard", default="100MB", metavar="SIZE", help="largest file of the checkpoint (default: 100MB)")
-    parser.add_argument("--prefix", default="quarter", metavar="N", help="sealed blocks: a number, or 'quarter' (default)")
+    parser.add_argument(
+        "--size",
+        metavar="SIZE",
+        default="large",
+        help=f"random Llama in bf16: {', '.join(SIZES)}, or HIDDEN,LAYERS,INTERMEDIATE,HEADS,KV,VOCAB "
+        "(default: large, 634 MB)",
+    )
+    parser.add_argument(
+        "--shard", default="100MB", metavar="SIZE", help="largest file of the checkpoint (default: 100MB)"
+    )
+    parser.add_argument(
+        "--prefix", default="quarter", metavar="N", help="sealed blocks: a number, or 'quarter' (default)"
+    )
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each comparison (default: 7)")
-    parser.add_argument("--cores", type=int, default=0, metavar="N", help="use only the first N cores, for all processes")
+    parser.add_argument(
+        "--cores", type=int, default=0, metavar="N", help="use only the first N cores, for all processes"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default: 0)")
     parser.add_argument("--quick", action="store_true", help="under a minute: small checkpoint, two rounds")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
@@ -257,26 +279,42 @@ def print_results(cold: dict[str, Any], warm: dict[str, Any], sealing: dict[str,
     """The tables for people."""
     rows = [
         (name, part["ratio"], part["noise"], part["seconds"]["plain"].median, part["seconds"]["split"].median)
-        for name, part in (("cold process", cold), ("warm, enclave starts", warm["warm"]), ("enclave runs already", warm["running"]))
+        for name, part in (
+            ("cold process", cold),
+            ("warm, enclave starts", warm["warm"]),
+            ("enclave runs already", warm["running"]),
+        )
     ]
-    print_table("Time to open, protected / unprotected: median (quartiles) of per-round ratios; below 1 is faster",
-                ("case", "ratio", "noise", "plain s", "split s"), rows)
+    print_table(
+        "Time to open, protected / unprotected: median (quartiles) of per-round ratios; below 1 is faster",
+        ("case", "ratio", "noise", "plain s", "split s"),
+        rows,
+    )
     peak, private = cold["peak_mib"], cold["private_mib"]
     print_table(
         f"Memory, MiB: protected / unprotected peak {cold['peak_memory_ratio']}, "
         f"above imports {cold['peak_memory_ratio_above_imports']}",
         ("process", "peak", "private when open"),
-        [("unprotected", peak["plain"].median, private["plain"].median),
-         ("protected: host", peak["split_host"].median, private["split_host"].median),
-         ("protected: enclave", peak["split_enclave"].median, private["split_enclave"].median),
-         ("a process after its imports", peak["after_imports"].median, "")],
+        [
+            ("unprotected", peak["plain"].median, private["plain"].median),
+            ("protected: host", peak["split_host"].median, private["split_host"].median),
+            ("protected: enclave", peak["split_enclave"].median, private["split_enclave"].median),
+            ("a process after its imports", peak["after_imports"].median, ""),
+        ],
         f"files that appeared during a load: {', '.join(cold['new_files']) or 'none'}",
     )
     print_table(
         "Sealing",
         ("seconds", "MiB/s", "peak MiB above imports", "largest shard + sealed part, MiB", "share of the checkpoint"),
-        [(str(sealing["seconds"]), sealing["mib_per_second"].median, sealing["peak_above_imports_mib"].median,
-          sealing["shard_plus_sealed_mib"], sealing["peak_against_checkpoint"].median)],
+        [
+            (
+                str(sealing["seconds"]),
+                sealing["mib_per_second"].median,
+                sealing["peak_above_imports_mib"].median,
+                sealing["shard_plus_sealed_mib"],
+                sealing["peak_against_checkpoint"].median,
+            )
+        ],
     )
 
 
@@ -306,8 +344,10 @@ def main() -> int:
         warm = measure_warm(model, bundle, keys, options.rounds, advance)
         shards = len(list(model.glob("*.safetensors")))
     print_machine(about)
-    print(f"{name}: {parameters / 1e6:.0f}M parameters in bf16, {checkpoint / MIB:.0f} MiB in {shards} files; "
-          f"{prefix} of {size.layers} blocks sealed, {manifest.sealed_bytes / MIB:.0f} MiB")
+    print(
+        f"{name}: {parameters / 1e6:.0f}M parameters in bf16, {checkpoint / MIB:.0f} MiB in {shards} files; "
+        f"{prefix} of {size.layers} blocks sealed, {manifest.sealed_bytes / MIB:.0f} MiB"
+    )
     print_results(cold, warm, sealing)
     finish(
         {
@@ -320,8 +360,15 @@ def main() -> int:
             "warm": warm,
             "seal": sealing,
             "no_plaintext_files": not cold["new_files"],
-            "model": {"name": name, "parameters": parameters, "checkpoint_bytes": checkpoint, "files": shards,
-                      "prefix": prefix, "layers": size.layers, "sealed_bytes": manifest.sealed_bytes},
+            "model": {
+                "name": name,
+                "parameters": parameters,
+                "checkpoint_bytes": checkpoint,
+                "files": shards,
+                "prefix": prefix,
+                "layers": size.layers,
+                "sealed_bytes": manifest.sealed_bytes,
+            },
             "machine": about,
         },
         options.out,

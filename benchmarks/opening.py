@@ -5,10 +5,12 @@
 Prints one JSON line when the work is done. It imports no more than a user's own script would.
 """
 
+import functools
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 started = time.perf_counter()
@@ -44,31 +46,32 @@ def main() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if task != "plain":
-        import semiopen
+    work: Callable[[], object] = functools.partial(AutoModelForCausalLM.from_pretrained, model)
+    if task == "split":
+        from semiopen.host.load import load
 
-        if task == "split":
-            import semiopen.host.load
-        if task == "seal":
-            import semiopen.vendor.seal
-    imported, before, wrote = time.perf_counter(), memory("self"), written("self")
-    keep = None
-    if task == "plain":
-        keep = AutoModelForCausalLM.from_pretrained(model)
-    elif task == "split":
-        keep = semiopen.load(model, keys=sys.argv[3])
+        work = functools.partial(load, model, keys=sys.argv[3])
     elif task == "seal":
-        semiopen.seal(model, sys.argv[4], sys.argv[3], prefix=int(sys.argv[5]))
+        from semiopen.vendor.seal import seal
+
+        work = functools.partial(seal, model, sys.argv[4], sys.argv[3], prefix=int(sys.argv[5]))
+    imported, before, wrote = time.perf_counter(), memory("self"), written("self")
+    keep = work()
     done = time.perf_counter()
-    print(json.dumps({
-        "imports_s": round(imported - started, 4),
-        "work_s": round(done - imported, 4),
-        "imported": before,
-        "host": memory("self"),
-        "enclave": [memory(pid) for pid in children()],
-        "host_written": None if wrote is None else (written("self") or 0) - wrote,
-        "enclave_written": [written(pid) for pid in children()],
-    }), flush=True)
+    print(
+        json.dumps(
+            {
+                "imports_s": round(imported - started, 4),
+                "work_s": round(done - imported, 4),
+                "imported": before,
+                "host": memory("self"),
+                "enclave": [memory(pid) for pid in children()],
+                "host_written": None if wrote is None else (written("self") or 0) - wrote,
+                "enclave_written": [written(pid) for pid in children()],
+            }
+        ),
+        flush=True,
+    )
     sys.stdin.read()  # the parent looks around first, then lets go
     del keep
 

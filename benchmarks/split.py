@@ -11,12 +11,15 @@ The figure is the median over rounds of B / A in tokens per second; A' / A besid
 
 What is held equal: host and enclave get the same number of CPU threads as the unprotected model, and all run on the
 same cores (--cores). Host and enclave take turns, so never more than that number compute at once, but threads that
-spin while they wait may take a core from the other side: that cost is in the ratio.
+spin while they wait may take a core from the other side: that cost is in the ratio. OMP_WAIT_POLICY=passive in the
+environment makes the host's threads sleep instead, protected and unprotected alike. Where other work runs on the
+machine, --threads 1 --cores 1 gives steadier figures: threads that wait for each other suffer most from it.
 
 Not covered: accelerators, several users at once, other engines than transformers.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -56,6 +59,7 @@ from semiopen.protocol.messages import Stepped
 
 PLAIN, SPLIT, AGAIN = "A", "B", "A'"
 KINDS = ("total", "prefill", "decode")
+LEAST_ROUNDS = 3  # also where --seconds is over
 PARTS = ("enclave_compute", "transport", "marshalling", "rest")
 
 
@@ -103,7 +107,7 @@ def generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> T
         streamer=clock,
     )
     ready = clock.times[1:]
-    steps = [after - before for before, after in zip(ready, ready[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(ready)]
     return Timing(ready[0] - started, ready[-1] - ready[0], steps, output[:, prompt.shape[1] :])
 
 
@@ -125,7 +129,7 @@ class Probe:
 
     def attach(self, model: PreTrainedModel) -> Callable[[], None]:
         """Start to measure; returns what ends it."""
-        client = model.enclave.session.client  # type: ignore[union-attr]
+        client: Any = model.enclave.session.client  # type: ignore[union-attr]
         exchange = client._exchange
         began = 0.0
 
@@ -198,8 +202,14 @@ class Case:
     parts: dict[str, Any]
 
 
-def compare(models: dict[str, PreTrainedModel], name: str, batch: int, prompt_len: int, options: argparse.Namespace,
-            advance: Callable[[], None]) -> Case:
+def compare(
+    models: dict[str, PreTrainedModel],
+    name: str,
+    batch: int,
+    prompt_len: int,
+    options: argparse.Namespace,
+    advance: Callable[[], None],
+) -> Case:
     """Measure one batch and prompt length in alternating rounds."""
     plain, split, new = models[PLAIN], models[SPLIT], options.new_tokens
     prompt_len = min(prompt_len, plain.config.max_position_embeddings - new)
@@ -209,9 +219,11 @@ def compare(models: dict[str, PreTrainedModel], name: str, batch: int, prompt_le
         generate(model, prompt, min(new, 8))
     advance()
     timings: dict[str, list[Timing]] = {key: [] for key in models}
+    began = time.perf_counter()
     for turn in range(options.rounds):
-        for key in rotated([PLAIN, SPLIT, AGAIN], turn):
-            timings[key].append(generate(models[key], prompt, new))
+        if turn < LEAST_ROUNDS or time.perf_counter() - began < options.seconds:
+            for key in rotated([PLAIN, SPLIT, AGAIN], turn):
+                timings[key].append(generate(models[key], prompt, new))
         advance()
 
     def seconds(key: str, kind: str) -> list[float]:
@@ -236,7 +248,9 @@ def compare(models: dict[str, PreTrainedModel], name: str, batch: int, prompt_le
     )
 
 
-def measure_model(folder: Path, name: str, dtype: torch.dtype, options: argparse.Namespace, bar: Progress) -> list[Case]:
+def measure_model(
+    folder: Path, name: str, dtype: torch.dtype, options: argparse.Namespace, bar: Progress
+) -> list[Case]:
     """All prefixes, batches and prompts of one model in one dtype."""
     cases: list[Case] = []
     layers = AutoConfig.from_pretrained(folder).num_hidden_layers
@@ -273,32 +287,74 @@ def measure_model(folder: Path, name: str, dtype: torch.dtype, options: argparse
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="On a busy machine look at the noise first: a ratio within its spread says nothing.",
     )
-    parser.add_argument("--models", nargs="+", metavar="MODEL",
-                        help=f"stories (the repository's trained model, if present), {', '.join(SIZES)} (random Llamas), "
-                        "HIDDEN,LAYERS,INTERMEDIATE,HEADS,KV,VOCAB, or a folder (default: stories small medium)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help=f"stories (the repository's trained model, if present), {', '.join(SIZES)} (random Llamas), "
+        "HIDDEN,LAYERS,INTERMEDIATE,HEADS,KV,VOCAB, or a folder (default: stories small medium)",
+    )
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), help="default: float32 bfloat16")
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="rows of a batch (default: 1 8)")
-    parser.add_argument("--prompt", nargs="+", type=int, metavar="N",
-                        help="prompt tokens, cut to what the model's context leaves (default: 32 512)")
-    parser.add_argument("--prefix", nargs="+", metavar="N", help="sealed blocks: a number, or 'quarter' (default: 1 2 quarter)")
+    parser.add_argument(
+        "--prompt",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="prompt tokens, cut to what the model's context leaves (default: 32 512)",
+    )
+    parser.add_argument(
+        "--prefix", nargs="+", metavar="N", help="sealed blocks: a number, or 'quarter' (default: 1 2 quarter)"
+    )
     parser.add_argument("--new-tokens", type=int, metavar="N", help="tokens to generate per row (default: 64)")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds per line (default: 9)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N",
-                        help="CPU threads of the unprotected model, of the host and of the enclave (default: one per core)")
-    parser.add_argument("--enclave-threads", type=int, default=0, metavar="N", help="other number for the enclave alone")
-    parser.add_argument("--cores", type=int, default=0, metavar="N", help="use only the first N cores, for all processes")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=40,
+        metavar="S",
+        help=f"begin no further round of a line after S seconds, from {LEAST_ROUNDS} rounds on (default: 40)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help="CPU threads of the unprotected model, of the host and of the enclave (default: one per core)",
+    )
+    parser.add_argument(
+        "--enclave-threads", type=int, default=0, metavar="N", help="other number for the enclave alone"
+    )
+    parser.add_argument(
+        "--cores", type=int, default=0, metavar="N", help="use only the first N cores, for all processes"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and prompts (default: 0)")
     parser.add_argument("--quick", action="store_true", help="one minute: fewer models, sizes and rounds")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
     options = parser.parse_args()
     quick, full = (
-        {"models": ["stories", "small"], "dtype": ["float32"], "batch": [1, 8], "prompt": [32], "prefix": ["quarter"],
-         "new_tokens": 32, "rounds": 5},
-        {"models": ["stories", "small", "medium"], "dtype": ["float32", "bfloat16"], "batch": [1, 8],
-         "prompt": [32, 512], "prefix": ["1", "2", "quarter"], "new_tokens": 64, "rounds": 9},
+        {
+            "models": ["stories", "small"],
+            "dtype": ["float32"],
+            "batch": [1, 8],
+            "prompt": [32],
+            "prefix": ["quarter"],
+            "new_tokens": 32,
+            "rounds": 5,
+        },
+        {
+            "models": ["stories", "small", "medium"],
+            "dtype": ["float32", "bfloat16"],
+            "batch": [1, 8],
+            "prompt": [32, 512],
+            "prefix": ["1", "2", "quarter"],
+            "new_tokens": 64,
+            "rounds": 9,
+        },
     )
     for name, value in (quick if options.quick else full).items():
         if getattr(options, name) is None:
@@ -329,21 +385,33 @@ def find_models(options: argparse.Namespace, space: Path) -> dict[str, Path]:
 def print_cases(cases: list[Case], options: argparse.Namespace) -> None:
     """The tables for people."""
     rows = [
-        (f"{case.name} b={case.batch} p={case.prompt}", case.ratio["total"], case.ratio["prefill"], case.ratio["decode"],
-         case.noise["decode"], case.tokens_per_second["unsplit"]["decode"], case.tokens_per_second["split"]["decode"],
-         "equal" if case.tokens_equal else f"{case.same_until:.0%}")
+        (
+            f"{case.name} b={case.batch} p={case.prompt}",
+            case.ratio["total"],
+            case.ratio["prefill"],
+            case.ratio["decode"],
+            case.noise["decode"],
+            case.tokens_per_second["unsplit"]["decode"],
+            case.tokens_per_second["split"]["decode"],
+            "equal" if case.tokens_equal else f"{case.same_until:.0%}",
+        )
         for case in cases
     ]
     print_table(
         "Protected / unprotected throughput: median (quartiles) of per-round ratios; above 1 is faster",
-        ("case", "total", "prefill", "decode", "noise (decode)", "plain tok/s", "split tok/s", "tokens"), rows,
-        f"{options.rounds} rounds, {options.new_tokens} new tokens; threads: unprotected {options.threads}, host "
+        ("case", "total", "prefill", "decode", "noise (decode)", "plain tok/s", "split tok/s", "tokens"),
+        rows,
+        f"up to {options.rounds} rounds, {options.new_tokens} new tokens; threads: unprotected {options.threads}, host "
         f"{options.threads}, enclave {options.enclave_threads or options.threads}; tokens: share before the first "
         "difference where not equal",
     )
     rows = [
-        (f"{case.name} b={case.batch} p={case.prompt}", *(case.parts[part] for part in PARTS), case.parts["step"],
-         case.parts["unsplit_step"])
+        (
+            f"{case.name} b={case.batch} p={case.prompt}",
+            *(case.parts[part] for part in PARTS),
+            case.parts["step"],
+            case.parts["unsplit_step"],
+        )
         for case in cases
     ]
     print_table("One decode step, milliseconds", ("case", *PARTS, "step", "unsplit"), rows)
@@ -381,10 +449,18 @@ def main() -> int:
             "breakdown": table(lambda case: case.parts),
             "tokens_per_second": table(lambda case: case.tokens_per_second),
             "tokens_equal": all(case.tokens_equal for case in exact) if exact else None,
-            "agreement": table(lambda case: {"equal": case.tokens_equal, "same_until": case.same_until,
-                                             "unsplit_equal_to_itself": case.noise_equal}),
-            "threads": {"unsplit": options.threads, "host": options.threads,
-                        "enclave": options.enclave_threads or options.threads},
+            "agreement": table(
+                lambda case: {
+                    "equal": case.tokens_equal,
+                    "same_until": case.same_until,
+                    "unsplit_equal_to_itself": case.noise_equal,
+                }
+            ),
+            "threads": {
+                "unsplit": options.threads,
+                "host": options.threads,
+                "enclave": options.enclave_threads or options.threads,
+            },
             "new_tokens": options.new_tokens,
             "seed": options.seed,
             "machine": about,

@@ -510,6 +510,8 @@ def train(args: argparse.Namespace) -> None:
     state = torch.load(state_path, weights_only=False) if state_path.exists() and not args.fresh else None
     if state:
         tokenizer = AutoTokenizer.from_pretrained(args.runs / "tokenizer")
+        for key in ("is_local", "local_files_only"):
+            tokenizer.init_kwargs.pop(key, None)  # about this loading; not to be exported
     else:
         tokenizer = train_tokenizer(train_part, problems)
         tokenizer.save_pretrained(args.runs / "tokenizer")
@@ -635,7 +637,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per step")
     parser.add_argument("--rate", type=float, default=3e-3, help="top learning rate")
     parser.add_argument("--decay", type=float, default=0.1, help="weight decay")
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.2, help="on what the blocks write back")
     parser.add_argument(
         "--average", type=float, default=0.99, help="decay of the running mean of the weights"
     )

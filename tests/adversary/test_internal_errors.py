@@ -93,11 +93,6 @@ def test_overwritten_slots_of_a_failed_step_are_forgotten(enclave, unharmed, mon
     unharmed(enclave.path)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Server._step forgets the written slots but not the destinations of copies: where the step failed before "
-    "the copy, the ledger says that the destination holds the source's tokens, and it holds its old ones",
-)
 def test_copies_of_a_failed_step_are_forgotten(enclave, unharmed, monkeypatch):
     with LyingHost(enclave.path) as host:
         host.open().states(HISTORY)
@@ -134,10 +129,6 @@ def test_honest_client_is_told_in_one_sentence(enclave, monkeypatch):
         client.close()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Server._answer sends the descriptors that were made before the error along with the refusal",
-)
 def test_error_of_an_open_leaves_no_session_and_sends_no_descriptor(enclave, unharmed, monkeypatch):
     def no_memory(*_: object, **__: object) -> np.ndarray:
         raise MemoryError(SECRET)

@@ -291,12 +291,6 @@ class DiesAtOnce(subprocess.Popen):
         self.wait()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=BrokenPipeError,
-    reason="EnclaveProcess.close lets the BrokenPipeError of closing standard input out: the key is still in its "
-    "buffer; the caller gets no EnclaveError, and socket and folder stay",
-)
 def test_process_that_dies_at_once(sealed, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(enclave_process.subprocess, "Popen", DiesAtOnce)
@@ -310,7 +304,6 @@ def test_process_that_dies_at_once(sealed, tmp_path, monkeypatch):
             stream.close()
 
 
-@pytest.mark.xfail(strict=True, reason="EnclaveProcess leaves its temporary folder when it cannot listen there")
 def test_temporary_folder_with_too_long_a_name(sealed, tmp_path, monkeypatch):
     """The name of a Unix socket has at most 107 bytes."""
     folder = tmp_path / ("long" * 25)

@@ -7,6 +7,7 @@ Legend: T tokens of the step, R sequences of one group, Q new tokens per sequenc
 g key/value heads, d head size.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -18,6 +19,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from semiopen.enclave.trusted_state import BLOCK_SIZE, CheckedStep
 
 NAME = "semiopen_paged"
+_MAX_SCORES = 1 << 24  # scores per head of one attention call: 64 MiB of mask as SDPA sees it
+_MAX_KEYS = 1 << 16  # keys gathered by one attention call: 256 MiB at 8 heads of 128 in half precision
 
 
 class KVCache:
@@ -80,6 +83,30 @@ class Group:
         return self.views[window]
 
 
+def _group_rows(step: CheckedStep) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Divide a step into groups whose memory is bounded, whatever history their sequences claim.
+
+    A long prompt is divided into runs of tokens; runs of equal length go together as long as they fit. Yields the
+    number of tokens per run, and (first token, sequence) of each run.
+    """
+    runs: dict[int, list[tuple[int, int, int]]] = {}
+    bounds, lengths = step.query_start.tolist(), step.seq_lens.tolist()
+    for row, (begin, end, length) in enumerate(zip(bounds[:-1], bounds[1:], lengths, strict=True)):
+        stride = max(1, _MAX_SCORES // length)
+        for start in range(begin, end, stride):
+            runs.setdefault(min(stride, end - start), []).append((start, row, length))
+    for count, members in runs.items():
+        group: list[tuple[int, int]] = []
+        longest = 0
+        for start, row, length in members:
+            longest = max(longest, length)
+            if group and (len(group) + 1) * longest * max(count, _MAX_SCORES // _MAX_KEYS) > _MAX_SCORES:
+                yield count, group
+                group, longest = [], length
+            group.append((start, row))
+        yield count, group
+
+
 class RunningStep:
     """What the attention function needs to know of the step that runs; one at a time in this process."""
 
@@ -89,14 +116,12 @@ class RunningStep:
         self.cache = cache
         self.score_cap = step.score_cap
         self.slots = torch.from_numpy(step.slots)
-        starts = torch.from_numpy(step.query_start)
-        counts = starts.diff()
         positions = torch.from_numpy(step.positions)
         tables = torch.from_numpy(step.block_table)
         self.groups = []
-        for count in counts.unique().tolist():
-            rows = (counts == count).nonzero()[:, 0]
-            tokens = starts[rows][:, None] + torch.arange(count)
+        for count, members in _group_rows(step):
+            starts, rows = torch.tensor(members).unbind(1)
+            tokens = starts[:, None] + torch.arange(count)
             self.groups.append(Group(tokens, positions[tokens], tables[rows]))
 
 

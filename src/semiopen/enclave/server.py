@@ -10,6 +10,7 @@ import selectors
 import socket
 import time
 import traceback
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -66,6 +67,7 @@ class Client:
     connection: socket.socket
     decoder: FrameDecoder = field(default_factory=FrameDecoder)
     session: Session | None = None
+    waiting: deque[bytes] = field(default_factory=deque)  # requests that came in one read, not answered yet
 
 
 @dataclass
@@ -105,20 +107,19 @@ class Server:
         """
         client = Client(cast(socket.socket, _Discard()))
         self._clients.add(client)
-        prompt = min(BLOCK_SIZE + 1, self._limits.context - 1)
-        self._answer(client, dump(Open(blocks=4, step_tokens=2 * BLOCK_SIZE, sequences=2)))
+        self._answer(client, dump(Open(blocks=1, step_tokens=2, sequences=1)))
         session = client.session
         assert session is not None, "no session for the rehearsal"
-        for held, new in ((prompt, prompt), (prompt + 1, 1)):
+        for held, new in ((2, 2), (3, 1)):
             session.arrays.query_start[:2] = (0, new)
             session.arrays.seq_lens[0] = held
-            session.arrays.block_table[0, :2] = (0, 1)
-            session.arrays.copies[0] = (3, 2)
-            self._answer(client, dump(Step(tokens=new, sequences=1, width=2, copies=1, score_cap=True)))
+            session.arrays.block_table[0, 0] = 0
+            session.arrays.copies[0] = (0, 0)
+            self._answer(client, dump(Step(tokens=new, sequences=1, width=1, copies=1, score_cap=True)))
         for payload in (
             dump(Hello()),
             dump(Status()),
-            dump(Step(tokens=1, sequences=1, width=1, copies=0, score_cap=True)),
+            dump(Step(tokens=2, sequences=1, width=1, copies=0, score_cap=True)),  # refused: its arrays hold one
             b"{",
         ):
             self._answer(client, payload)
@@ -134,39 +135,52 @@ class Server:
             selector.register(listener, selectors.EVENT_READ)
             selector.register(lifeline, selectors.EVENT_READ)
             while True:
-                for key, _ in selector.select():
+                busy = any(client.waiting for client in self._clients)
+                for key, _ in selector.select(0 if busy else None):
                     if key.fileobj is listener:
                         self._accept(listener, selector)
                     elif isinstance(key.data, Client):
                         self._receive(key.data, selector)
                     elif not os.read(lifeline, 1):
                         return
+                for client in [client for client in self._clients if client.waiting]:
+                    self._answer_next(client, selector)
 
     def _accept(self, listener: socket.socket, selector: selectors.BaseSelector) -> None:
         try:
             connection, _ = listener.accept()
         except OSError:
             return  # the client left before it was accepted, or descriptors ran out; the others go on
-        if len(self._clients) >= self._limits.max_sessions:
-            connection.close()
-            return
         connection.setblocking(False)
         client = Client(connection)
+        if len(self._clients) >= self._limits.max_sessions:
+            text = f"All {self._limits.max_sessions} connections of this enclave are in use; close one first."
+            self._try_send(client, Failed(code="limit", message=text))
+            connection.close()
+            return
         self._clients.add(client)
         selector.register(connection, selectors.EVENT_READ, client)
 
     def _receive(self, client: Client, selector: selectors.BaseSelector) -> None:
+        if client.waiting:
+            return  # what it has sent is answered first, so that one read is all that is ever held for it
         try:
             data = client.connection.recv(_RECEIVE_BYTES)
             if not data:
                 raise ConnectionError
-            for payload in client.decoder.feed(data):
-                self._answer(client, payload)
+            client.waiting.extend(client.decoder.feed(data))
         except ProtocolError as error:  # the stream cannot be read on
             self._counters.refused += 1
             self._try_send(client, Failed(code="frame", message=str(error)))
             self._drop(client, selector)
         except OSError:
+            self._drop(client, selector)
+
+    def _answer_next(self, client: Client, selector: selectors.BaseSelector) -> None:
+        """Answer one request of a client, so that clients take turns however much one of them sends."""
+        try:
+            self._answer(client, client.waiting.popleft())
+        except Exception:  # it is gone, does not read, or its reply cannot be sent; the others go on
             self._drop(client, selector)
 
     def _drop(self, client: Client, selector: selectors.BaseSelector) -> None:
@@ -189,7 +203,7 @@ class Server:
             self._counters.refused += 1
             reply = Failed(code="internal", message=place_of(error))
         try:
-            self._send(client, reply, descriptors)
+            self._send(client, reply, [] if isinstance(reply, Failed) else descriptors)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -255,7 +269,7 @@ class Server:
             with torch.inference_mode():
                 session.arrays.hidden[: request.tokens] = self._prefix.run(step, session.cache)
         except BaseException:
-            session.ledger.forget(step.slots)
+            session.ledger.forget(step)
             raise
         self._counters.steps += 1
         self._counters.tokens += request.tokens

@@ -116,9 +116,10 @@ class SlotLedger:
                 )
         self._position = after
 
-    def forget(self, slots: np.ndarray) -> None:
-        """Mark slots as never written, after a step that failed half way."""
-        self._position[slots] = -1
+    def forget(self, step: CheckedStep) -> None:
+        """Mark what an admitted step writes and copies to as never written, after it failed half way."""
+        self._position[step.slots] = -1
+        self._position.reshape(self.blocks, BLOCK_SIZE)[step.copies[:, 1]] = -1
 
 
 def check_step(request: Step, arrays: SharedArrays, layout: Layout, limits: Limits, blocks: int) -> CheckedStep:

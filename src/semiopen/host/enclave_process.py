@@ -1,5 +1,6 @@
 """Starting a dev enclave: the only code that knows how to spawn one. It never imports it."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -48,7 +49,12 @@ class EnclaveProcess:
         vendor_key = load_vendor_key(keys).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
         self._folder = None if socket_path else Path(tempfile.mkdtemp(prefix="semiopen-"))
         self.socket_path = socket_path or Path(self._folder or "", "enclave.sock")
-        listener = _listen(self.socket_path)
+        try:
+            listener = _listen(self.socket_path)
+        except EnclaveError:
+            if self._folder is not None:
+                self._folder.rmdir()
+            raise
         with listener:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-m", "semiopen.enclave", str(listener.fileno())],
@@ -109,7 +115,8 @@ class EnclaveProcess:
         """End the enclave and remove its socket. Safe to call again."""
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             if stream is not None and not stream.closed:
-                stream.close()  # the end of standard input ends the enclave
+                with contextlib.suppress(BrokenPipeError):  # it died before it took what is still buffered
+                    stream.close()  # the end of standard input ends the enclave
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -127,7 +134,9 @@ def _listen(path: Path) -> socket.socket:
         listener.bind(str(path))
     except OSError as error:
         listener.close()
-        raise EnclaveError(f"The enclave cannot listen at {path} ({error.strerror}); give another path.") from None
+        raise EnclaveError(
+            f"The enclave cannot listen at {path} ({error.strerror or error}); give another path."
+        ) from None
     finally:
         os.umask(previous)
     listener.listen(16)

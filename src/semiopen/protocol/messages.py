@@ -22,7 +22,9 @@ from semiopen.errors import ProtocolError
 
 MessageT = TypeVar("MessageT")
 _MAX_COUNT = 2**31 - 1
+_MAX_SHOWN = 80  # characters of a malformed field's name that a refusal repeats, as the sender chose them
 Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
+Total = Annotated[int, Field(ge=0, le=2**63 - 1)]  # counts up for as long as an enclave runs
 Positive = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -107,9 +109,9 @@ class StatusIs(_Message):
     kind: Literal["status_is"] = "status_is"
     sessions: Count
     blocks: Count
-    steps: Count
-    tokens: Count
-    refused: Count
+    steps: Total
+    tokens: Total
+    refused: Total
 
 
 FailureCode = Literal[
@@ -172,7 +174,7 @@ def parse(adapter: TypeAdapter[MessageT], payload: bytes) -> MessageT:
         return adapter.validate_json(payload)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "message"
+        where = ".".join(str(part) for part in first["loc"])[:_MAX_SHOWN] or "message"  # names are the sender's
         raise ProtocolError(f"The message is malformed at {where!r} ({first['type']}).") from None
 
 
