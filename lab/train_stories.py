@@ -52,23 +52,121 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-GIRLS = (
-    "Lily Lucy Mia Anna Sarah Sue Molly Jane Sara Daisy Jill Sally Mary Amy Lila Grace Jenny Emma Emily"
-).split()
-BOYS = (
-    "Ben Tom Timmy Tim Jack Sam Max Bob John Joe Benny Tommy Jimmy Andy Jake Jim Billy Dave Leo Peter"
-).split()
-NOT_NAMES = set(
-    (
-        "Mom Mommy Dad Daddy Mum Mummy Mama Papa Grandma Grandpa Granny Mr Mrs Miss Little Man God Slowly "
-        "End The I Once One He She They It But And So Then Yes No Thank Oh Wow Hi Hello Let We You What Can "
-        "Do Please Why When"
-    ).split()
-)
+GIRLS = [
+    "Lily",
+    "Lucy",
+    "Mia",
+    "Anna",
+    "Sarah",
+    "Sue",
+    "Molly",
+    "Jane",
+    "Sara",
+    "Daisy",
+    "Jill",
+    "Sally",
+    "Mary",
+    "Amy",
+    "Lila",
+    "Grace",
+    "Jenny",
+    "Emma",
+    "Emily",
+]
+BOYS = [
+    "Ben",
+    "Tom",
+    "Timmy",
+    "Tim",
+    "Jack",
+    "Sam",
+    "Max",
+    "Bob",
+    "John",
+    "Joe",
+    "Benny",
+    "Tommy",
+    "Jimmy",
+    "Andy",
+    "Jake",
+    "Jim",
+    "Billy",
+    "Dave",
+    "Leo",
+    "Peter",
+]
+NOT_NAMES = {
+    "Mom",
+    "Mommy",
+    "Dad",
+    "Daddy",
+    "Mum",
+    "Mummy",
+    "Mama",
+    "Papa",
+    "Grandma",
+    "Grandpa",
+    "Granny",
+    "Mr",
+    "Mrs",
+    "Miss",
+    "Little",
+    "Man",
+    "God",
+    "Slowly",
+    "End",
+    "The",
+    "I",
+    "Once",
+    "One",
+    "He",
+    "She",
+    "They",
+    "It",
+    "But",
+    "And",
+    "So",
+    "Then",
+    "Yes",
+    "No",
+    "Thank",
+    "Oh",
+    "Wow",
+    "Hi",
+    "Hello",
+    "Let",
+    "We",
+    "You",
+    "What",
+    "Can",
+    "Do",
+    "Please",
+    "Why",
+    "When",
+}
 # Words that may follow a noun but seldom follow an adjective: "the dog was", not "the big was".
-AFTER_NOUN = set(
-    "was is and had in on to that with of for said from were could did would saw went came".split()
-)
+AFTER_NOUN = {
+    "was",
+    "is",
+    "and",
+    "had",
+    "in",
+    "on",
+    "to",
+    "that",
+    "with",
+    "of",
+    "for",
+    "said",
+    "from",
+    "were",
+    "could",
+    "did",
+    "would",
+    "saw",
+    "went",
+    "came",
+}
 
 ASK_ABOUT = (
     "Tell me a story about {}.",
@@ -170,8 +268,26 @@ def find_nouns(stories: list[str], least: int = 6) -> set[str]:
         for word, after in re.findall(r"\b(?:a|the|his|her) ([a-z]{3,})(?=([.,!?]| [a-z]+))", story):
             seen[word] += 1
             as_noun[word] += after in ".,!?" or after.strip() in AFTER_NOUN
-    drop = set("other same next best one two end day time first last way rest lot bit girl boy".split())
-    drop |= set("not how back again help".split())
+    drop = {
+        "other",
+        "same",
+        "next",
+        "best",
+        "one",
+        "two",
+        "end",
+        "day",
+        "time",
+        "first",
+        "last",
+        "way",
+        "rest",
+        "lot",
+        "bit",
+        "girl",
+        "boy",
+    }
+    drop |= {"not", "how", "back", "again", "help"}
     return {w for w, n in seen.items() if n >= least and as_noun[w] / n > 0.6 and w not in drop}
 
 
@@ -260,9 +376,7 @@ def story_chat(stories: list[str], nouns: set[str], rng: random.Random) -> str:
     return render_chat(chat)
 
 
-def draw_document(
-    stories: list[str], problems: list[tuple[str, str]], nouns: set[str], rng: random.Random
-) -> str:
+def draw_document(stories: list[str], problems: list[tuple[str, str]], nouns: set[str], rng: random.Random) -> str:
     """One training document, marks included: a plain story, a story in a chat, or a problem."""
     dice = rng.random()
     if dice < 0.47:
@@ -380,9 +494,7 @@ def build_optimizers(model: LlamaForCausalLM, rate: float, decay: float) -> list
     tables = [model.model.embed_tokens.weight, model.lm_head.weight]
     groups = [{"params": tables, "weight_decay": decay}, {"params": norms, "weight_decay": 0.0}]
     return [
-        torch.optim.Muon(
-            matrices, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98)),
     ]
 
@@ -412,9 +524,7 @@ def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, s
 
 
 @torch.no_grad()
-def sample(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, new: int = 200, **settings
-) -> str:
+def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, new: int = 200, **settings) -> str:
     """Text written after `prompt` (marks included), at most `new` tokens; greedy unless settings say more."""
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     settings = {"do_sample": False, "temperature": None, "top_p": None} | settings
@@ -430,9 +540,7 @@ def sample(
 
 def load_export(out: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The exported model in fp32 and its tokenizer."""
-    return AutoModelForCausalLM.from_pretrained(
-        out, dtype=torch.float32
-    ).eval(), AutoTokenizer.from_pretrained(out)
+    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(out)
 
 
 def evaluate_export(out: Path, texts: Path) -> None:
@@ -458,7 +566,7 @@ def show_samples(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
     prompts = [
         BOS + "Once upon a time",
         render_chat([("user", "Tell me a story about a dog.")]) + ASSISTANT,
-        render_chat(chat + [("user", "Yes, tell me a story about a red ball.")]) + ASSISTANT,
+        render_chat([*chat, ("user", "Yes, tell me a story about a red ball.")]) + ASSISTANT,
         render_chat([("user", "Who are you?")]) + ASSISTANT,
     ]
     for prompt in prompts:
@@ -549,8 +657,7 @@ def train(args: argparse.Namespace) -> None:
             bpb = bits_per_byte(average, tokenizer, watch)
             stale = 0 if bpb < best - 1e-4 else stale + 1
             print(
-                f"check: step {step}, {spent / 60:.1f} min, {tokens:,} tokens, "
-                f"watched {bpb:.4f} bits per byte",
+                f"check: step {step}, {spent / 60:.1f} min, {tokens:,} tokens, watched {bpb:.4f} bits per byte",
                 flush=True,
             )
             if bpb < best:
@@ -616,21 +723,11 @@ def train(args: argparse.Namespace) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Command line of the script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--texts", type=Path, default=REPO.parent / "shared/data/texts", help="folder of the texts"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=REPO / "lab/models/stories-4m", help="folder of the export"
-    )
-    parser.add_argument(
-        "--runs", type=Path, default=REPO / "lab/runs/stories-4m", help="folder of the checkpoint"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=60, help="length of the run; paces the learning rate"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, default=REPO.parent / "shared/data/texts", help="folder of the texts")
+    parser.add_argument("--out", type=Path, default=REPO / "lab/models/stories-4m", help="folder of the export")
+    parser.add_argument("--runs", type=Path, default=REPO / "lab/runs/stories-4m", help="folder of the checkpoint")
+    parser.add_argument("--minutes", type=float, default=60, help="length of the run; paces the learning rate")
     parser.add_argument("--steps", type=int, default=0, help="length in steps instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -638,13 +735,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=3e-3, help="top learning rate")
     parser.add_argument("--decay", type=float, default=0.1, help="weight decay")
     parser.add_argument("--dropout", type=float, default=0.2, help="on what the blocks write back")
-    parser.add_argument(
-        "--average", type=float, default=0.99, help="decay of the running mean of the weights"
-    )
+    parser.add_argument("--average", type=float, default=0.99, help="decay of the running mean of the weights")
     parser.add_argument("--long-from", type=float, default=0.6, help="share of the run before rows are full")
-    parser.add_argument(
-        "--check-minutes", type=float, default=3, help="time between checks on held-back stories"
-    )
+    parser.add_argument("--check-minutes", type=float, default=3, help="time between checks on held-back stories")
     parser.add_argument("--patience", type=int, default=7, help="checks without a gain before the run stops")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler")

@@ -691,9 +691,7 @@ tell([before, measure.applied, after > 2**10, hardening.report([measure])])
     before, was_applied, is_locked, sentences = outcome
     assert before == 0
     assert was_applied == is_locked == applied
-    assert sentences[0].startswith(
-        "memory is never" if applied else "NOT applied: memory is never swapped out (RLIMIT"
-    )
+    assert sentences[0].startswith("memory is never" if applied else "NOT applied: memory is never swapped out (RLIMIT")
 
 
 # --- Where a measure is not to be had -----------------------------------------------------------------------
@@ -740,9 +738,7 @@ def test_report_says_what_was_not_applied() -> None:
 
 
 def test_hardening_can_run_before_anything_large_is_imported() -> None:
-    assert (
-        in_child("tell([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])") == []
-    )
+    assert in_child("tell([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])") == []
 
 
 # --- The filters themselves, for both machines --------------------------------------------------------------
@@ -834,9 +830,7 @@ def test_unknown_and_x32_numbers_are_refused_on_both_machines(machine: str) -> N
         ("ioctl", (0, 0x5412 | 1 << 32), EPERM),
     ],
 )
-def test_refusals_that_depend_on_arguments(
-    machine: str, name: str, arguments: tuple[int, ...], expected: int
-) -> None:
+def test_refusals_that_depend_on_arguments(machine: str, name: str, arguments: tuple[int, ...], expected: int) -> None:
     number = numbers(machine, {"": hardening._BY_ARGUMENT})[name]
     assert decision(machine, False, number, *arguments) == expected
 
