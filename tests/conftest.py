@@ -19,8 +19,7 @@ from transformers.utils import logging
 
 import semiopen
 from semiopen.bundle.keys import load_sealing_key, load_vendor_key
-from semiopen.bundle.primitives import derive_bundle_key
-from semiopen.bundle.reader import load_sealed, read_files
+from semiopen.bundle.reader import bundle_key_of, load_sealed, read_files
 from semiopen.enclave.prefix import Prefix
 from semiopen.enclave.server import Server, limits_for, welcome_for
 from semiopen.model.split import config_from_dict
@@ -59,7 +58,7 @@ class EnclaveThreads:
     ) -> InProcessEnclave:
         verified = read_files(bundle, load_vendor_key(keys), only=())
         config = config_from_dict(json.loads(verified.read("config.json"))["prefix_config"])
-        key = derive_bundle_key(load_sealing_key(keys), bytes.fromhex(verified.manifest.bundle_id))
+        key = bundle_key_of(verified, load_sealing_key(keys), load_vendor_key(keys))
         prefix = Prefix(config, load_sealed(verified, key), dtype)
         limits = limits_for(prefix, max_blocks)
         welcome = welcome_for(

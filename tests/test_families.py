@@ -25,6 +25,8 @@ def padded(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("prefix", [0, 1, 3, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_batch_gives_the_original_tokens(sealed_pair, family, prefix):
+    if prefix == 0 and FAMILIES[family].tie_word_embeddings:
+        pytest.skip("nothing would be sealed; see test_split.py")
     original, protected = sealed_pair(family, prefix)
     batch = padded([3, 30, 17, 1])
     expected = original.generate(**batch, **GREEDY)

@@ -1,5 +1,7 @@
 """Opening a bundle, with a real dev enclave: as people do it, and as attackers would like it."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import semiopen
+from semiopen.bundle.keys import load_signing_key, load_vendor_key
+from semiopen.bundle.reader import read_files
+from semiopen.bundle.signature import sign_folder
 from semiopen.errors import BundleError, EnclaveError, KeyFolderError
 from semiopen.host.client import EnclaveClient
 from semiopen.host.enclave_process import EnclaveProcess
@@ -105,6 +110,29 @@ def test_wrong_sealing_key_is_refused(original_and_bundle, keys, tmp_path):
         semiopen.load(original_and_bundle[1], keys=tmp_path / "keys")
 
 
+def test_a_bundle_signed_again_by_someone_else_does_not_open(original_and_bundle, keys, tmp_path):
+    """Sealed files of the vendor's with a config of the attacker's, where the attacker provisions the enclave."""
+    bundle, own = tmp_path / "bundle", tmp_path / "keys"
+    shutil.copytree(original_and_bundle[1], bundle)
+    generate_keys(own)
+    shutil.copy(keys / "sealing.key", own / "sealing.key")
+    (bundle / "model.sig").unlink()
+    config = json.loads((bundle / "config.json").read_bytes())
+    config["prefix_config"]["hidden_act"] = "relu"
+    (bundle / "config.json").write_text(json.dumps(config))
+    sign_folder(bundle, load_signing_key(own), name="bundle")
+    read_files(bundle, load_vendor_key(own))  # the signature itself is good
+    with pytest.raises(EnclaveError, match="did not decrypt"):
+        semiopen.load(bundle, keys=own)
+
+
+def test_a_socket_of_another_user_is_refused(enclave, monkeypatch):
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    monkeypatch.setattr("struct.unpack", lambda *_: (1, 54321, 1))
+    with pytest.raises(EnclaveError, match="another user"):
+        EnclaveClient(enclave.socket_path)
+
+
 def test_missing_keys_are_refused(original_and_bundle, tmp_path):
     with pytest.raises(KeyFolderError):
         semiopen.load(original_and_bundle[1], keys=tmp_path / "none")
@@ -123,8 +151,6 @@ def test_an_enclave_of_another_dtype_is_refused(original_and_bundle, enclave):
 
 
 def test_a_changed_open_shard_is_refused(original_and_bundle, enclave, tmp_path):
-    import shutil
-
     bundle = tmp_path / "bundle"
     shutil.copytree(original_and_bundle[1], bundle)
     data = bytearray((bundle / "model.safetensors").read_bytes())

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 import semiopen
 from semiopen.audit.plaintext import sample_pieces, search, weight_files
 from semiopen.bundle.keys import load_sealing_key, load_vendor_key
-from semiopen.bundle.primitives import derive_bundle_key
-from semiopen.bundle.reader import load_sealed, read_files
+from semiopen.bundle.reader import bundle_key_of, load_sealed, read_files
 from semiopen.errors import BundleError, SemiopenError, UnsupportedModelError
 from tests.models import FAMILIES, random_model, save_random_model
 
@@ -26,7 +25,7 @@ def open_tensors(bundle: Path) -> dict[str, torch.Tensor]:
 
 def sealed_tensors(bundle: Path, keys: Path) -> dict[str, torch.Tensor]:
     verified = read_files(bundle, load_vendor_key(keys))
-    key = derive_bundle_key(load_sealing_key(keys), bytes.fromhex(verified.manifest.bundle_id))
+    key = bundle_key_of(verified, load_sealing_key(keys), load_vendor_key(keys))
     return load_sealed(verified, key)
 
 

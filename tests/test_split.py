@@ -9,7 +9,7 @@ from semiopen.model.split import Part, config_from_dict, split_config
 from tests.models import FAMILIES, random_model
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 4])
+@pytest.mark.parametrize("prefix", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_blocks_norm_and_head_are_open(family, prefix):
     config = FAMILIES[family]
@@ -22,6 +22,12 @@ def test_only_blocks_norm_and_head_are_open(family, prefix):
         assert opened <= (above or top), name
         if split.family.embedding in name and split.tied:
             assert placement == type(placement)(Part.TIED, "lm_head.weight")
+
+
+def test_sealing_a_tied_embedding_alone_is_refused():
+    with pytest.raises(UnsupportedModelError, match="would seal nothing; give --prefix 1"):
+        split_config(FAMILIES["llama-tied"], 0)
+    assert split_config(FAMILIES["llama"], 0).place("model.embed_tokens.weight").part is Part.SEALED
 
 
 def test_open_blocks_are_numbered_from_zero():

@@ -228,7 +228,7 @@ def enclave(
 ) -> None:
     """Run a dev enclave (not a TEE) until Ctrl-C, for several programs to share.
 
-    Example: semiopen enclave my-bundle --keys vendor-keys --socket /tmp/my.sock
+    Example: semiopen enclave my-bundle --keys vendor-keys --socket my.sock
     """
     from semiopen.host.client import EnclaveClient
     from semiopen.host.enclave_process import EnclaveProcess

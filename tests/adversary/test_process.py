@@ -300,7 +300,7 @@ def test_process_that_dies_at_once(sealed, tmp_path, monkeypatch):
             enclave.wait_ready()
         assert list(tmp_path.iterdir()) == []
     finally:
-        for stream in (enclave._process.stdout, enclave._process.stderr):
+        for stream in (enclave._process.stdout, enclave._messages):
             stream.close()
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from semiopen.bundle.primitives import derive_bundle_key
-from semiopen.bundle.reader import VerifiedBundle
+from semiopen.bundle.reader import VerifiedBundle, bundle_key_of
 from semiopen.bundle.writer import BundleWriter
 from semiopen.model.plan import Plan
 
@@ -34,7 +33,7 @@ class Vendor:
         return BundleWriter(out, sealing_key=self.sealing_key, signing_key=self.signing_key)
 
     def bundle_key(self, bundle: VerifiedBundle) -> bytes:
-        return derive_bundle_key(self.sealing_key, bytes.fromhex(bundle.manifest.bundle_id))
+        return bundle_key_of(bundle, self.sealing_key, self.vendor_key)
 
 
 def make_vendor() -> Vendor:

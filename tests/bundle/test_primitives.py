@@ -136,15 +136,17 @@ def test_no_unauthenticated_plaintext_stays_in_the_buffer():
     assert not any(out)
 
 
-def test_bundle_keys_depend_on_both_inputs():
-    base = derive_bundle_key(KEY, b"a" * 16)
-    assert len({base, derive_bundle_key(KEY, b"b" * 16), derive_bundle_key(b"k" * 32, b"a" * 16), KEY}) == 4
+def test_bundle_keys_depend_on_each_input():
+    one, other, vendor = b"a" * 16, b"b" * 16, b"v" * 32
+    keys = {derive_bundle_key(KEY, one, vendor), derive_bundle_key(KEY, other, vendor), KEY}
+    keys |= {derive_bundle_key(b"k" * 32, one, vendor), derive_bundle_key(KEY, one, b"w" * 32)}
+    assert len(keys) == 5
 
 
 @pytest.mark.parametrize(("key_size", "id_size"), [(31, 16), (33, 16), (0, 16), (32, 15), (32, 0)])
 def test_wrong_key_sizes_are_refused(key_size, id_size):
     with pytest.raises(ValueError, match="32 bytes"):
-        derive_bundle_key(bytes(key_size), bytes(id_size))
+        derive_bundle_key(bytes(key_size), bytes(id_size), bytes(32))
 
 
 def hkdf(key: bytes, salt: bytes, info: bytes) -> bytes:
@@ -155,10 +157,10 @@ def hkdf(key: bytes, salt: bytes, info: bytes) -> bytes:
 
 def test_format_is_the_one_in_the_specification():
     """Written from docs/bundle-format.md alone; bundles in the field depend on every byte of it."""
-    sealing_key, bundle_id = bytes(range(32)), bytes(range(16))
+    sealing_key, bundle_id, vendor = bytes(range(32)), bytes(range(16)), bytes(range(100, 132))
     name, dtype, shape = "w.ü", "U8", (CHUNK_BYTES + 3,)
     plaintext = bytes(i * 7 % 251 for i in range(shape[0]))
-    bundle_key = hkdf(sealing_key, bundle_id, b"semiopen bundle key v1")
+    bundle_key = hkdf(sealing_key, bundle_id, b"semiopen bundle key v1" + vendor)
     bound = b"semiopen sealed tensor v1" + bundle_id
     for text in (name, dtype):
         bound += len(text.encode()).to_bytes(4, "little") + text.encode()
@@ -167,6 +169,6 @@ def test_format_is_the_one_in_the_specification():
     expected = cipher.encrypt(bytes(11) + b"\x00", plaintext[:CHUNK_BYTES], bound)
     expected += cipher.encrypt(bytes(10) + b"\x01\x01", plaintext[CHUNK_BYTES:], bound)
 
-    assert derive_bundle_key(sealing_key, bundle_id) == bundle_key
+    assert derive_bundle_key(sealing_key, bundle_id, vendor) == bundle_key
     found = sealed(plaintext, TensorHeader(bundle_id, name, dtype, shape), bundle_key)
     assert hashlib.sha256(found).hexdigest() == hashlib.sha256(expected).hexdigest()

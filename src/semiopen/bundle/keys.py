@@ -85,6 +85,6 @@ def _read(path: Path, private: bool) -> bytes:
                 raise KeyFolderError(f"{path} can be read by other users; run: chmod 600 {path}")
             return file.read(_MAX_FILE_BYTES)
     except FileNotFoundError:
-        raise KeyFolderError(f"{path} is missing; make a key folder with `semiopen keys`, or fix the path.") from None
+        raise KeyFolderError(f"{path} is missing; make a key folder with `semiopen keygen`, or fix the path.") from None
     except OSError as error:
         raise KeyFolderError(f"{path} cannot be read ({error.strerror}); check the path and its owner.") from None

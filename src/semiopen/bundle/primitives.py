@@ -55,12 +55,16 @@ class TensorHeader:
         )
 
 
-def derive_bundle_key(sealing_key: bytes | bytearray | memoryview, bundle_id: bytes) -> bytes:
-    """The key of one bundle, from the vendor's sealing key and the bundle's id.
+def derive_bundle_key(sealing_key: bytes | bytearray | memoryview, bundle_id: bytes, vendor_key_digest: bytes) -> bytes:
+    """The key of one bundle, from the vendor's sealing key, the bundle's id and the key it is signed with.
+
+    Without the last, someone who can have an enclave provisioned with the sealing key could sign sealed files of
+    the vendor's together with a config of their own, and have the sealed weights run in ways that give them away.
 
     Args:
         sealing_key: 32 uniformly random bytes.
         bundle_id: 16 bytes, fresh for each sealing.
+        vendor_key_digest: 32 bytes, the vendor's key id (`signature.vendor_key_id`) as bytes.
 
     Returns:
         32 bytes.
@@ -68,9 +72,9 @@ def derive_bundle_key(sealing_key: bytes | bytearray | memoryview, bundle_id: by
     Raises:
         ValueError: a length is wrong.
     """
-    if len(sealing_key) != KEY_BYTES or len(bundle_id) != BUNDLE_ID_BYTES:
-        raise ValueError(f"A sealing key has {KEY_BYTES} bytes and a bundle id {BUNDLE_ID_BYTES}.")
-    return _hkdf(sealing_key, salt=bundle_id, info=b"semiopen bundle key v1")
+    if (len(sealing_key), len(bundle_id), len(vendor_key_digest)) != (KEY_BYTES, BUNDLE_ID_BYTES, 32):
+        raise ValueError(f"A sealing key has {KEY_BYTES} bytes, a bundle id {BUNDLE_ID_BYTES}, a key's digest 32.")
+    return _hkdf(sealing_key, salt=bundle_id, info=b"semiopen bundle key v1" + vendor_key_digest)
 
 
 def sealed_size(plain_bytes: int) -> int:

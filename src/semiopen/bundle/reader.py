@@ -12,9 +12,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from semiopen.bundle.dtypes import TORCH_DTYPES, tensor_bytes
 from semiopen.bundle.files import Progress, hash_files, list_files, open_file, read_file
 from semiopen.bundle.manifest import MANIFEST_NAME, Manifest, SealedTensor, parse_manifest
-from semiopen.bundle.primitives import TensorHeader, unseal_into
+from semiopen.bundle.primitives import TensorHeader, derive_bundle_key, unseal_into
 from semiopen.bundle.sealed_file import sealed_layout
-from semiopen.bundle.signature import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, verify_signed_files
+from semiopen.bundle.signature import (
+    MAX_SIGNATURE_BYTES,
+    SIGNATURE_NAME,
+    vendor_key_id,
+    verify_signed_files,
+)
 from semiopen.errors import BundleError, SealedDataError
 
 
@@ -87,6 +92,20 @@ def read_files(
     return VerifiedBundle(folder, manifest, signed.digests, signed.payload_digest)
 
 
+def bundle_key_of(
+    bundle: VerifiedBundle, sealing_key: bytes | memoryview, vendor_key: ec.EllipticCurvePublicKey
+) -> bytes:
+    """The key that opens a bundle's sealed tensors, 32 bytes; for the enclave only.
+
+    Args:
+        bundle: from `read_files`.
+        sealing_key: the vendor's, 32 bytes.
+        vendor_key: the key that signed the bundle; with another, the result opens nothing.
+    """
+    bundle_id = bytes.fromhex(bundle.manifest.bundle_id)
+    return derive_bundle_key(sealing_key, bundle_id, bytes.fromhex(vendor_key_id(vendor_key)))
+
+
 def load_sealed(
     bundle: VerifiedBundle,
     bundle_key: bytes,
@@ -101,7 +120,7 @@ def load_sealed(
 
     Args:
         bundle: from `read_files`.
-        bundle_key: 32 bytes, from `derive_bundle_key`.
+        bundle_key: 32 bytes, from `bundle_key_of`.
         names: tensors to load; all by default.
 
     Returns:

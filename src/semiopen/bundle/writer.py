@@ -18,7 +18,7 @@ from semiopen.bundle.files import IGNORED_NAMES, Progress, check_name
 from semiopen.bundle.manifest import FORMAT, MANIFEST_NAME, Manifest, SealedTensor
 from semiopen.bundle.primitives import BUNDLE_ID_BYTES, TensorHeader, derive_bundle_key, seal
 from semiopen.bundle.sealed_file import sealed_layout
-from semiopen.bundle.signature import SIGNATURE_NAME, sign_folder
+from semiopen.bundle.signature import SIGNATURE_NAME, sign_folder, vendor_key_id
 from semiopen.errors import BundleError
 from semiopen.model.plan import Plan
 
@@ -59,7 +59,8 @@ class BundleWriter:
         self._partial = self._out.parent / f".{self._out.name}.{secrets.token_hex(4)}.partial"
         self._signing_key = signing_key
         self._bundle_id = secrets.token_bytes(BUNDLE_ID_BYTES)
-        self._bundle_key = derive_bundle_key(sealing_key, self._bundle_id)
+        vendor_id = bytes.fromhex(vendor_key_id(signing_key.public_key()))
+        self._bundle_key = derive_bundle_key(sealing_key, self._bundle_id, vendor_id)
         self._open: list[dict[str, int]] = []  # for each shard: bytes by tensor name
         self._sealed: list[list[SealedTensor]] = []  # for each file; `file` is set in finish()
         # Apart: open blocks are numbered from 0 again, so a name may stand for an open and a sealed tensor.

@@ -80,8 +80,7 @@ def _load_prefix(provision: "Provision", sealing_key: SecretBytes) -> "tuple[Pre
     import torch
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    from semiopen.bundle.primitives import derive_bundle_key
-    from semiopen.bundle.reader import load_sealed, read_files
+    from semiopen.bundle.reader import bundle_key_of, load_sealed, read_files
     from semiopen.enclave.prefix import Prefix
     from semiopen.model.split import check_supported, config_from_dict
 
@@ -91,7 +90,7 @@ def _load_prefix(provision: "Provision", sealing_key: SecretBytes) -> "tuple[Pre
     bundle = read_files(Path(provision.bundle), vendor_key, only=())  # type: ignore[arg-type] - checked there
     config = config_from_dict(json.loads(bundle.read("config.json"))["prefix_config"])
     check_supported(config)
-    bundle_key = derive_bundle_key(sealing_key.view(), bytes.fromhex(bundle.manifest.bundle_id))
+    bundle_key = bundle_key_of(bundle, sealing_key.view(), vendor_key)  # type: ignore[arg-type]
     sealing_key.wipe()
     tensors = load_sealed(bundle, bundle_key)
     del bundle_key

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import struct
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,7 @@ class EnclaveClient:
             raise EnclaveError(
                 f"No enclave answers at {path} ({error.strerror}); start one with 'semiopen enclave'.", "gone"
             ) from None
+        _check_peer(self._socket, path)
         self._arrays: SharedArrays | None = None
         self.welcome = self._ask(Hello(), Welcome)
 
@@ -99,6 +101,8 @@ class EnclaveClient:
         opened = self._ask(Open(blocks=blocks, step_tokens=step_tokens, sequences=sequences), Opened)
         if opened.nbytes != layout.nbytes():
             raise ProtocolError("The enclave lays out shared memory differently; use the same release on both sides.")
+        if not self._descriptors:
+            raise ProtocolError("The enclave sent no shared memory; use the same release on both sides.")
         descriptor = self._descriptors.pop()
         try:
             self._arrays = SharedArrays(descriptor, layout)
@@ -168,3 +172,12 @@ class EnclaveClient:
                 raise ConnectionResetError
             for payload in self._decoder.feed(data):
                 return payload
+
+
+def _check_peer(connection: socket.socket, path: Path | str) -> None:
+    """Refuse a socket that another user answers: what is told there is what a model is trusted by."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", credentials)
+    if user not in (0, os.getuid()):
+        connection.close()
+        raise EnclaveError(f"The enclave at {path} belongs to another user; start your own.", "gone")

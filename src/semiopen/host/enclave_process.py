@@ -55,12 +55,14 @@ class EnclaveProcess:
             if self._folder is not None:
                 self._folder.rmdir()
             raise
+        # In memory, not a pipe: nobody reads it while the enclave starts, and a full pipe would stop it.
+        self._messages = os.fdopen(os.memfd_create("semiopen-start-messages"), "rb")
         with listener:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-m", "semiopen.enclave", str(listener.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=self._messages,
                 env=_environment(threads),
                 pass_fds=(listener.fileno(),),
                 start_new_session=True,  # Ctrl-C in a terminal is the host's to handle
@@ -74,7 +76,8 @@ class EnclaveProcess:
         )
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(sealing_key + encode_frame(dump(provision)))
+            self._process.stdin.write(sealing_key)
+            self._process.stdin.write(encode_frame(dump(provision)))
             self._process.stdin.flush()
         except BrokenPipeError:
             return  # it died at once; wait_ready says why
@@ -90,7 +93,7 @@ class EnclaveProcess:
         Raises:
             EnclaveError: it refused the bundle or the key, or died.
         """
-        assert self._process.stdout is not None and self._process.stderr is not None
+        assert self._process.stdout is not None
         decoder = FrameDecoder()
         while data := os.read(self._process.stdout.fileno(), 65536):
             for payload in decoder.feed(data):
@@ -99,9 +102,10 @@ class EnclaveProcess:
                     self.close()
                     raise EnclaveError(reply.message, "start")
                 self._process.stdout.close()
-                self._process.stderr.close()  # the enclave has given its own end up by now
+                self._messages.close()  # the enclave has given its own end up by now
                 return
-        last = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+        self._messages.seek(0)
+        last = self._messages.read().decode(errors="replace").strip().splitlines()
         status = self._process.wait()
         self.close()
         why = f": {last[-1]}" if last else ""
@@ -113,7 +117,7 @@ class EnclaveProcess:
 
     def close(self) -> None:
         """End the enclave and remove its socket. Safe to call again."""
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+        for stream in (self._process.stdin, self._process.stdout, self._messages):
             if stream is not None and not stream.closed:
                 with contextlib.suppress(BrokenPipeError):  # it died before it took what is still buffered
                     stream.close()  # the end of standard input ends the enclave

@@ -31,6 +31,7 @@ def load(
     keys: str | Path | None = None,
     enclave: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
+    vendor_key: str | Path | None = None,
     kv_tokens: int = DEFAULT_KV_TOKENS,
     threads: int = 0,
     **kwargs: Any,
@@ -42,6 +43,8 @@ def load(
         keys: key folder; starts a dev enclave (not a TEE) that ends with the model.
         enclave: socket of a running enclave instead, default the environment variable SEMIOPEN_ENCLAVE.
         dtype: dtype of open blocks and enclave; the bundle's own when None.
+        vendor_key: file of the vendor's public key, to check the signature with. Without, `keys` has one; a running
+            enclave has checked the signature, and the files are checked against what it says.
         kv_tokens: tokens that all running sequences together may hold in the enclave.
         threads: CPU threads of a dev enclave started here; 0 for torch's choice.
         kwargs: for transformers' `from_pretrained`, such as `device_map` or `attn_implementation`.
@@ -67,11 +70,11 @@ def load(
     with contextlib.ExitStack() as cleanup:
         process = None
         if keys is not None:
-            vendor_key = load_vendor_key(Path(keys))
+            trusted = load_vendor_key(Path(vendor_key or keys))
             name = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
             process = EnclaveProcess(folder, Path(keys), name, threads)  # type: ignore[arg-type]
             cleanup.callback(process.close)
-            verified = read_files(folder, vendor_key)  # while the enclave loads
+            verified = read_files(folder, trusted)  # while the enclave loads
             model = _build(folder, dtype, kwargs)
             process.wait_ready()
             client = EnclaveClient(process.socket_path)
@@ -80,7 +83,8 @@ def load(
             assert enclave is not None
             client = EnclaveClient(enclave)
             cleanup.callback(client.close)
-            verified = read_files(folder, client.welcome.bundle_digest)
+            told = client.welcome.bundle_digest
+            verified = read_files(folder, load_vendor_key(Path(vendor_key)) if vendor_key else told)
             model = _build(folder, dtype, kwargs)
         _check_match(client, verified, model)
         session = EnclaveSession(client, kv_tokens)

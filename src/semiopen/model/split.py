@@ -124,7 +124,7 @@ def split_config(config: PreTrainedConfig, prefix: int) -> Split:
         prefix: blocks to seal, 0..num_hidden_layers.
 
     Raises:
-        UnsupportedModelError: see `check_supported`.
+        UnsupportedModelError: see `check_supported`; or nothing would be sealed.
         ValueError: prefix out of range.
     """
     family = check_supported(config)
@@ -133,6 +133,11 @@ def split_config(config: PreTrainedConfig, prefix: int) -> Split:
         raise ValueError(f"Prefix {prefix} is out of range; the model has {num_layers} blocks.")
     model_class = causal_lm_class(config)
     tied = bool(config.tie_word_embeddings)
+    if tied and prefix == 0:
+        raise UnsupportedModelError(
+            "This model's embedding is tied to its open head, so sealing it alone would seal nothing; give --prefix 1 "
+            "or more."
+        )
     host = cut_layers(config, prefix, num_layers)
     host.tie_word_embeddings = False
     prefix_config = cut_layers(config, 0, prefix)
