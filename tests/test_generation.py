@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -137,6 +138,15 @@ def test_a_batch_larger_than_the_kv_cache_is_run_in_parts(sealed_pair, monkeypat
         for block in held:
             pool.release(block)
     same(sealed_pair("llama", 2), input_ids=random_prompts(1, 10), **GREEDY)
+
+
+def test_several_threads_share_a_model(sealed_pair):
+    original, protected = sealed_pair("llama", 2)
+    prompts = [random_prompts(2, 10 + i, seed=i) for i in range(6)]
+    expected = [original.generate(prompt, **GREEDY) for prompt in prompts]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda prompt: protected.generate(prompt, **GREEDY), prompts))
+    assert all(torch.equal(answer, right) for answer, right in zip(answers, expected, strict=True))
 
 
 def test_generation_frees_all_blocks(sealed_pair):

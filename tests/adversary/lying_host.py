@@ -209,7 +209,7 @@ def honest_states(path: Path) -> torch.Tensor:
     client = _connect_honestly(path)
     try:
         client.open(blocks=10, step_tokens=STEP_TOKENS, sequences=SEQUENCES)
-        first = client.step(StepInput(TEXTS[0][:30] + TEXTS[1], [30, 9], [30, 9], [[0, 1], [2]], [], True)).clone()
+        first = _states(client, StepInput(TEXTS[0][:30] + TEXTS[1], [30, 9], [30, 9], [[0, 1], [2]], [], True))
         rows: tuple[list, list, list] = ([first[:30]], [first[30:]], [])
         for done in range(30, 35):
             new, copies = (5, [(1, 5)]) if done == 30 else (1, [])
@@ -217,12 +217,18 @@ def honest_states(path: Path) -> torch.Tensor:
             held = 25 if done == 30 else done - 5
             table = [[0, 1, 3], [0, 5]]
             ids = [TEXTS[0][done], *TEXTS[2][held - new : held]]
-            out = client.step(StepInput(ids, [1, new], [done + 1, held], table, copies, True)).clone()
+            out = _states(client, StepInput(ids, [1, new], [done + 1, held], table, copies, True))
             rows[0].append(out[:1])
             rows[2].append(out[1:])
         return torch.cat([*rows[0], *rows[1], *rows[2]])
     finally:
         client.close()
+
+
+def _states(client: EnclaveClient, step: StepInput) -> torch.Tensor:
+    out = torch.empty(len(step.token_ids), client.welcome.hidden_size, dtype=getattr(torch, client.welcome.dtype))
+    client.step(step, out)
+    return out
 
 
 def _connect_honestly(path: Path) -> EnclaveClient:

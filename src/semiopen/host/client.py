@@ -110,8 +110,8 @@ class EnclaveClient:
             os.close(descriptor)
         self.layout = layout
 
-    def step(self, step: StepInput) -> torch.Tensor:
-        """Run one step; return hidden states [T, H], a view that the next step overwrites.
+    def step(self, step: StepInput, out: torch.Tensor) -> None:
+        """Run one step; write hidden states to `out` [T, H].
 
         Raises:
             EnclaveError: the enclave refuses the step, or is gone.
@@ -137,7 +137,7 @@ class EnclaveClient:
                 score_cap=step.score_cap,
             )
             self._exchange(request, Stepped)
-            return arrays.hidden[:tokens]
+            out.copy_(arrays.hidden[:tokens])  # under the lock: the next step of any thread overwrites it
 
     def status(self) -> StatusIs:
         """The enclave's counters."""

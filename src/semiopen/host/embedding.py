@@ -122,7 +122,7 @@ class EnclaveSession:
             score_cap=self.score_cap,
         )
         end = done + len(step.token_ids)
-        packed[done:end] = self.client.step(step)
+        self.client.step(step, packed[done:end])
         for row, ids in pieces:
             rows.added(row, len(ids))
         return end
