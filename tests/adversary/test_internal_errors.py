@@ -123,7 +123,7 @@ def test_honest_client_is_told_in_one_sentence(enclave, monkeypatch):
         with pytest.raises(
             EnclaveError, match=r"^The enclave met an internal error \(RuntimeError at .*\)\.$"
         ) as caught:
-            client.step(StepInput(TEXTS[0][:5], [5], [5], [[0]], [], True))
+            client.step(StepInput(TEXTS[0][:5], [5], [5], [[0]], [], True), torch.empty(5, client.welcome.hidden_size))
         assert caught.value.code == "internal"
     finally:
         client.close()

@@ -9,8 +9,10 @@ g key/value heads, d head size.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
@@ -24,10 +26,11 @@ _MAX_KEYS = 1 << 16  # keys gathered by one attention call: 256 MiB at 8 heads o
 
 
 class KVCache:
-    """Keys and values of one session: per block of the model two tensors [slots, g, d].
+    """Keys and values of one session: per block of the model two tensors [g, slots, d].
 
-    They are made when a block first writes, as its shapes are the family's business. `torch.zeros` maps
-    untouched pages lazily, so a large cache costs memory only where it is used.
+    Heads come first, so that the KV blocks of a sequence are gathered as a few long runs and SDPA reads each head's
+    keys in one piece. They are made when a block first writes, as its shapes are the family's business, and take
+    memory only where they are used.
     """
 
     def __init__(self, blocks: int) -> None:
@@ -37,49 +40,93 @@ class KVCache:
     def write(
         self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store key and value [T, g, d] of one layer at slots [T]; return that layer's whole caches."""
+        """Store key and value [g, T, d] of one layer at slots [T]; return that layer's whole caches."""
         if layer not in self._layers:
-            keys, values = (torch.zeros(self._slots, *new.shape[1:], dtype=new.dtype) for new in (key, value))
-            self._layers[layer] = (keys, values)
+            self._layers[layer] = (self._empty(key), self._empty(value))
         keys, values = self._layers[layer]
-        keys[slots] = key
-        values[slots] = value
+        keys.index_copy_(1, slots, key)
+        values.index_copy_(1, slots, value)
         return keys, values
 
     def copy_blocks(self, copies: torch.Tensor) -> None:
         """Copy blocks `copies[:, 0]` to `copies[:, 1]` in every layer."""
+        if not len(copies):
+            return
         for layer in self._layers.values():
             for cache in layer:
-                blocks = cache.view(-1, BLOCK_SIZE, *cache.shape[1:])
-                blocks[copies[:, 1]] = blocks[copies[:, 0]]
+                blocks = _in_blocks(cache)
+                blocks[:, copies[:, 1]] = blocks[:, copies[:, 0]]
+
+    def _empty(self, new: torch.Tensor) -> torch.Tensor:
+        # Not torch.zeros, which writes to every page; numpy's zeros are pages that the kernel gives on first use.
+        shape = (new.shape[0], self._slots, new.shape[2])
+        return torch.from_numpy(np.zeros(prod(shape) * new.element_size(), np.uint8)).view(new.dtype).view(shape)
+
+
+def _in_blocks(cache: torch.Tensor) -> torch.Tensor:
+    """A cache [g, slots, d] as [g, KV blocks, BLOCK_SIZE * d]."""
+    return cache.view(cache.shape[0], -1, BLOCK_SIZE * cache.shape[2])
+
+
+@dataclass
+class View:
+    """What the tokens of one group may see: R sequences, W of their KV blocks each."""
+
+    blocks: torch.Tensor  # [R * W]
+    keys: int  # of the W * BLOCK_SIZE keys of a sequence, how many are looked at
+    mask: torch.Tensor | None  # [R, 1, Q, K], true where a token may look; None: all of it
+
+    def gather(self, cache: torch.Tensor, sequences: int) -> torch.Tensor:
+        """The view's part of a cache, [R, g, K, d]."""
+        found = _in_blocks(cache).index_select(1, self.blocks)
+        return found.view(cache.shape[0], sequences, -1, cache.shape[2]).transpose(0, 1)[:, :, : self.keys]
 
 
 @dataclass
 class Group:
     """Sequences of a step that bring the same number of new tokens, so that they attend in one call."""
 
-    tokens: torch.Tensor  # [R, Q] rows of the step's tokens
+    tokens: torch.Tensor | None  # [R, Q] rows of the step's tokens; None: the whole step in order, Q = 1
     positions: torch.Tensor  # [R, Q]
     block_table: torch.Tensor  # [R, W]
-    views: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    views: dict[int | None, View] = field(default_factory=dict)
 
-    def keys_in_view(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots [R, K] that hold the keys these tokens may see, and mask [R, 1, Q, K], true where they may.
+    def __post_init__(self) -> None:
+        last = self.positions[:, -1]
+        self.shortest, self.longest = int(last.min()) + 1, int(last.max()) + 1
 
-        A token at position p sees keys at positions (p - window, p]. Computed once per step and window.
-        """
+    def is_fresh(self, window: int | None) -> bool:
+        """Whether every token sees all before it in this step, and nothing else."""
+        new = self.positions.shape[1]
+        return 1 < new == self.longest and (window is None or new <= window)
+
+    def view(self, window: int | None) -> View:
+        """What these tokens may see: a token at position p keys at (p - window, p]. Once per step and window."""
         if window not in self.views:
-            first, last = self.positions[:, 0], self.positions[:, -1]
-            start = torch.zeros_like(first) if window is None else (first - window + 1).clamp(min=0)
-            span = int((last - start).max()) + 1
-            key_positions = start[:, None] + torch.arange(span)
-            query = self.positions[:, :, None]
-            mask = key_positions[:, None, :] <= query
+            last = self.positions[:, -1] // BLOCK_SIZE
+            if window is None or self.longest <= window:
+                first = torch.zeros_like(last)
+            else:
+                first = (self.positions[:, 0] - window + 1).clamp(min=0) // BLOCK_SIZE
+            width = int((last - first).max()) + 1
+            columns = torch.minimum(first[:, None] + torch.arange(width), last[:, None])
+            blocks = self.block_table.gather(1, columns).reshape(-1)
+            keys = width * BLOCK_SIZE
+            if not bool(first.any()):
+                keys = min(keys, self.longest)
+                if (
+                    self.positions.shape[1] == 1
+                    and self.shortest == self.longest
+                    and (window is None or keys <= window)
+                ):
+                    self.views[window] = View(blocks, keys, None)
+                    return self.views[window]
+            key = ((first * BLOCK_SIZE)[:, None] + torch.arange(keys))[:, None, None]
+            query = self.positions[:, None, :, None]
+            mask = key <= query
             if window is not None:
-                mask &= key_positions[:, None, :] > query - window
-            readable = torch.minimum(key_positions, last[:, None])
-            slots = self.block_table.gather(1, readable // BLOCK_SIZE) * BLOCK_SIZE + readable % BLOCK_SIZE
-            self.views[window] = (slots, mask[:, None])
+                mask &= key > query - window
+            self.views[window] = View(blocks, keys, mask)
         return self.views[window]
 
 
@@ -123,6 +170,8 @@ class RunningStep:
             starts, rows = torch.tensor(members).unbind(1)
             tokens = starts[:, None] + torch.arange(count)
             self.groups.append(Group(tokens, positions[tokens], tables[rows]))
+        if len(self.groups) == 1 and len(step.token_ids) == len(step.seq_lens):
+            self.groups[0].tokens = None
 
 
 def paged_attention(
@@ -152,19 +201,30 @@ def paged_attention(
     """
     step = RunningStep.current
     assert step is not None, "attention ran outside of a step"
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, d]
+    query, key, value = query[0], key[0], value[0]  # [heads, T, d]
     keys, values = step.cache.write(cast(int, module.layer_idx), step.slots, key, value)
     softcap = softcap if step.score_cap else None
-    output = torch.empty(query.shape[0], query.shape[1], value.shape[2], dtype=query.dtype)
+    output = torch.empty(query.shape[1], query.shape[0], value.shape[2], dtype=query.dtype)
     for group in step.groups:
-        slots, mask = group.keys_in_view(sliding_window)
-        q = query[group.tokens].transpose(1, 2)  # [R, h, Q, d]
-        k, v = keys[slots].transpose(1, 2), values[slots].transpose(1, 2)  # [R, g, K, d]
-        grouped = q.shape[1] != k.shape[1]
-        if softcap is None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+        sequences, new = group.positions.shape
+        q = query.transpose(0, 1)[:, :, None] if group.tokens is None else query[:, group.tokens].transpose(0, 1)
+        grouped = query.shape[0] != key.shape[0]
+        if group.is_fresh(sliding_window) and softcap is None:
+            k, v = (tensor[:, group.tokens].transpose(0, 1) for tensor in (key, value))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
         else:
-            out = _softcapped_attention(q, k, v, mask, scaling, grouped, softcap)
+            view = group.view(sliding_window)
+            k, v = view.gather(keys, sequences), view.gather(values, sequences)
+            if softcap is not None:
+                out = _softcapped_attention(q, k, v, view.mask, scaling, grouped, softcap)
+            elif new == 1:  # the query heads of one key head attend like tokens of one sequence: no copies of k and v
+                q = q.reshape(sequences, key.shape[0], -1, query.shape[2])
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=view.mask, scale=scaling)
+                out = out.reshape(sequences, query.shape[0], 1, -1)
+            else:
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=view.mask, scale=scaling, enable_gqa=grouped)
+        if group.tokens is None:
+            return out[:, :, 0][None], None
         output[group.tokens] = out.transpose(1, 2)
     return output[None], None
 
@@ -173,7 +233,7 @@ def _softcapped_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    attn_mask: torch.Tensor,
+    attn_mask: torch.Tensor | None,
     scale: float | None,
     enable_gqa: bool,
     softcap: float,
@@ -184,7 +244,8 @@ def _softcapped_attention(
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 

@@ -5,6 +5,7 @@ read, and calls may come in any order. So each function takes private copies, ch
 is changed, and raises `Refused` with a code that is part of the protocol.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,24 +103,38 @@ class SlotLedger:
         Raises:
             Refused: `position`; nothing is recorded then.
         """
-        after = self._position.copy()
-        per_block = after.reshape(self.blocks, BLOCK_SIZE)
-        per_block[step.copies[:, 1]] = self._position.reshape(self.blocks, BLOCK_SIZE)[step.copies[:, 0]]
-        after[step.slots] = step.positions
-        for table, length in zip(step.block_table, step.seq_lens, strict=True):
-            used = -(-int(length) // BLOCK_SIZE)
-            held = per_block[table[:used]].reshape(-1)[:length]
-            if not np.array_equal(held, np.arange(length)):
-                raise Refused(
-                    "position",
-                    "A sequence claims tokens that its KV blocks do not hold; send its tokens from the start.",
-                )
-        self._position = after
+        position, per_block = self._position, self._position.reshape(self.blocks, BLOCK_SIZE)
+        touched = step.slots
+        if len(step.copies):
+            destinations = step.copies[:, 1:] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
+            touched = np.concatenate([destinations.reshape(-1), touched])
+        before = position[touched]
+        if len(step.copies):
+            per_block[step.copies[:, 1]] = per_block[step.copies[:, 0]]
+        position[step.slots] = step.positions
+        if not all(self._holds(step.block_table[rows], step.seq_lens[rows]) for rows in _slices(step)):
+            position[touched] = before
+            raise Refused(
+                "position",
+                "A sequence claims tokens that its KV blocks do not hold; send its tokens from the start.",
+            )
+
+    def _holds(self, block_table: np.ndarray, seq_lens: np.ndarray) -> bool:
+        used = -(-int(seq_lens.max()) // BLOCK_SIZE)
+        held = self._position.reshape(self.blocks, BLOCK_SIZE)[block_table[:, :used]].reshape(len(seq_lens), -1)
+        wanted = np.arange(held.shape[1])
+        return not ((held != wanted) & (wanted < seq_lens[:, None])).any()
 
     def forget(self, step: CheckedStep) -> None:
         """Mark what an admitted step writes and copies to as never written, after it failed half way."""
         self._position[step.slots] = -1
         self._position.reshape(self.blocks, BLOCK_SIZE)[step.copies[:, 1]] = -1
+
+
+def _slices(step: CheckedStep) -> Iterator[slice]:
+    """Parts of a step's sequences, small enough that a host's claims of history cost bounded memory."""
+    rows = max(1, (1 << 20) // int(step.seq_lens.max()))
+    return (slice(first, first + rows) for first in range(0, len(step.seq_lens), rows))
 
 
 def check_step(request: Step, arrays: SharedArrays, layout: Layout, limits: Limits, blocks: int) -> CheckedStep:
