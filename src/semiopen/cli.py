@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -265,10 +266,11 @@ def generate(
 
     Example: semiopen generate my-bundle --keys vendor-keys --prompt "Once upon a time"
     """
+    model = _load(bundle, keys, enclave, dtype, threads)  # before torch is imported, see semiopen.host.load
+
     import torch
     from transformers import AutoTokenizer, TextStreamer
 
-    model = _load(bundle, keys, enclave, dtype, threads)
     tokenizer = AutoTokenizer.from_pretrained(bundle)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = inputs["input_ids"].shape[1]
@@ -309,11 +311,12 @@ def chat(
 
     Example: semiopen chat my-bundle --keys vendor-keys
     """
+    model = _load(bundle, keys, enclave, dtype, threads)
+
     from transformers import AutoTokenizer
 
     from semiopen.host.chat import Conversation
 
-    model = _load(bundle, keys, enclave, dtype, threads)
     tokenizer = AutoTokenizer.from_pretrained(bundle)
     settings = _sampling(temperature, seed)
     conversation = Conversation(model, tokenizer)
@@ -344,15 +347,16 @@ def compare(
 
     Exit status 1 if a token differs or a sealed weight is found.
     """
+    started = time.time()
+    prompts = prompt or ["Once upon a time", "The little dog was", "One day, a girl named Lily"]
+    protected = _load(bundle, keys, None, dtype, 0)
+
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     from semiopen.audit.equality import compare_tokens
     from semiopen.audit.plaintext import recent_files, sample_pieces, search, weight_files
 
-    started = time.time()
-    prompts = prompt or ["Once upon a time", "The little dog was", "One day, a girl named Lily"]
-    protected = _load(bundle, keys, None, dtype, 0)
     logging.disable_progress_bar()
     plain = AutoModelForCausalLM.from_pretrained(original, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(bundle)
@@ -386,12 +390,10 @@ def _load(bundle: Path, keys: Path | None, enclave: Path | None, dtype: str | No
     if keys is None and enclave is None:
         raise SemiopenError("Give --keys FOLDER to start a dev enclave, or --enclave SOCKET of a running one.")
     with err.status("Starting the enclave and opening the bundle ..."):
-        import torch
-
         from semiopen.host.load import load
 
         if threads:
-            torch.set_num_threads(threads)
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported, which it is not yet
         model = load(bundle, keys=keys, enclave=None if keys else enclave, dtype=dtype, threads=threads)
     welcome = _welcome(model)
     _banner(welcome.enclave, welcome.measures, False)

@@ -14,6 +14,8 @@ from semiopen.errors import BundleError
 Progress = Callable[[int, int], None]
 """Called with (bytes hashed so far, bytes to hash in all), from worker threads, one call at a time."""
 
+MANIFEST_NAME = "semiopen.json"
+
 IGNORED_NAMES = frozenset({".git", ".gitattributes", ".github", ".gitignore", ".cache"})
 """Top-level names that git and `hf download` add beside a model. Nobody reads a model's data from them."""
 

@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from semiopen.bundle.dtypes import TORCH_DTYPES
+from semiopen.bundle.files import MANIFEST_NAME
 from semiopen.bundle.primitives import BUNDLE_ID_BYTES
 from semiopen.errors import BundleError
 from semiopen.model.plan import Plan
 
 FORMAT = 1
-MANIFEST_NAME = "semiopen.json"
 SEALED_FILE = re.compile(r"sealed/prefix-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -10,8 +10,8 @@ import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from semiopen.bundle.dtypes import TORCH_DTYPES, tensor_bytes
-from semiopen.bundle.files import Progress, hash_files, list_files, open_file, read_file
-from semiopen.bundle.manifest import MANIFEST_NAME, Manifest, SealedTensor, parse_manifest
+from semiopen.bundle.files import MANIFEST_NAME, Progress, hash_files, list_files, open_file, read_file
+from semiopen.bundle.manifest import Manifest, SealedTensor, parse_manifest
 from semiopen.bundle.primitives import TensorHeader, derive_bundle_key, unseal_into
 from semiopen.bundle.sealed_file import sealed_layout
 from semiopen.bundle.signature import (

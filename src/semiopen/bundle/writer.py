@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.torch import save_file
 
 from semiopen.bundle.dtypes import dtype_name, tensor_bytes
-from semiopen.bundle.files import IGNORED_NAMES, Progress, check_name
-from semiopen.bundle.manifest import FORMAT, MANIFEST_NAME, Manifest, SealedTensor
+from semiopen.bundle.files import IGNORED_NAMES, MANIFEST_NAME, Progress, check_name
+from semiopen.bundle.manifest import FORMAT, Manifest, SealedTensor
 from semiopen.bundle.primitives import BUNDLE_ID_BYTES, TensorHeader, derive_bundle_key, seal
 from semiopen.bundle.sealed_file import sealed_layout
 from semiopen.bundle.signature import SIGNATURE_NAME, sign_folder, vendor_key_id

@@ -1,26 +1,22 @@
-"""Opening a bundle on the host: start or find the enclave, verify the files, build the model around it."""
+"""Opening a bundle on the host: start or find the enclave, then build the model around it.
+
+Light on purpose: a dev enclave is spawned before torch and transformers are imported here, so that both processes
+import them side by side.
+"""
 
 import contextlib
 import os
-import weakref
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
-
-from semiopen.auto_classes import SemiopenConfig
+from semiopen.bundle.files import MANIFEST_NAME
 from semiopen.bundle.keys import load_vendor_key
-from semiopen.bundle.manifest import MANIFEST_NAME
-from semiopen.bundle.reader import VerifiedBundle, read_files
 from semiopen.errors import BundleError, EnclaveError
-from semiopen.host.client import EnclaveClient
-from semiopen.host.embedding import EnclaveSession
 from semiopen.host.enclave_process import EnclaveProcess
-from semiopen.host.modeling import host_class
-from semiopen.model.split import causal_lm_class
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 ENCLAVE_SETTING = "SEMIOPEN_ENCLAVE"  # environment variable: socket of a running enclave
 DEFAULT_KV_TOKENS = 1 << 16
@@ -30,12 +26,12 @@ def load(
     bundle: str | Path,
     keys: str | Path | None = None,
     enclave: str | Path | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: "torch.dtype | str | None" = None,
     vendor_key: str | Path | None = None,
     kv_tokens: int = DEFAULT_KV_TOKENS,
     threads: int = 0,
     **kwargs: Any,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Open a bundle as a transformers model whose embedding is the enclave.
 
     Args:
@@ -67,69 +63,29 @@ def load(
             "Say how to reach the enclave: keys=FOLDER starts a dev enclave; enclave=SOCKET, or the environment "
             f"variable {ENCLAVE_SETTING}, names one that 'semiopen enclave' started."
         )
+    trusted_key = load_vendor_key(Path(vendor_key or keys)) if vendor_key or keys else None  # type: ignore[arg-type]
     with contextlib.ExitStack() as cleanup:
         process = None
         if keys is not None:
-            trusted = load_vendor_key(Path(vendor_key or keys))
             name = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
             process = EnclaveProcess(folder, Path(keys), name, threads)  # type: ignore[arg-type]
             cleanup.callback(process.close)
-            verified = read_files(folder, trusted)  # while the enclave loads
-            model = _build(folder, dtype, kwargs)
+
+        # Only now: these import torch and transformers, while the enclave does the same.
+        from semiopen.bundle.reader import read_files
+        from semiopen.host.client import EnclaveClient
+        from semiopen.host.opening import attach, build
+
+        if process is not None:
+            verified = read_files(folder, trusted_key)  # type: ignore[arg-type] - keys were given
+            model = build(folder, dtype, kwargs)
             process.wait_ready()
             client = EnclaveClient(process.socket_path)
             cleanup.callback(client.close)
         else:
-            assert enclave is not None
-            client = EnclaveClient(enclave)
+            client = EnclaveClient(enclave)  # type: ignore[arg-type] - checked above
             cleanup.callback(client.close)
-            told = client.welcome.bundle_digest
-            verified = read_files(folder, load_vendor_key(Path(vendor_key)) if vendor_key else told)
-            model = _build(folder, dtype, kwargs)
-        _check_match(client, verified, model)
-        session = EnclaveSession(client, kv_tokens)
-        closer = weakref.finalize(model, cleanup.pop_all().close)
-        model.enclave.attach(session, closer)  # type: ignore[operator, union-attr]
+            verified = read_files(folder, trusted_key or client.welcome.bundle_digest)
+            model = build(folder, dtype, kwargs)
+        attach(model, client, verified, kv_tokens, cleanup.pop_all().close)
     return model
-
-
-def _build(folder: Path, dtype: torch.dtype | str | None, kwargs: dict[str, Any]) -> PreTrainedModel:
-    config = cast(PreTrainedConfig, cast(SemiopenConfig, SemiopenConfig.from_pretrained(folder)).text_config)
-    with _quiet():
-        loaded = host_class(causal_lm_class(config)).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype if dtype is not None else config.dtype,
-            output_loading_info=True,
-            **kwargs,
-        )
-    model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    if info["missing_keys"] or info["mismatched_keys"]:
-        # transformers would go on with random weights in their place.
-        lacking = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})[0]
-        raise BundleError(f"The open tensors of {folder} do not fit config.json ({lacking}); seal the model again.")
-    model.config.name_or_path = str(folder)
-    return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' loading bar, which says nothing about this model's parts."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _check_match(client: EnclaveClient, verified: VerifiedBundle, model: PreTrainedModel) -> None:
-    welcome = client.welcome
-    if welcome.bundle_digest != verified.digest:
-        raise EnclaveError("The enclave holds another bundle; start one with this bundle.")
-    wanted = str(model.dtype).removeprefix("torch.")
-    if welcome.dtype != wanted:
-        raise EnclaveError(
-            f"The enclave computes in {welcome.dtype}, this model in {wanted}; give both the same dtype."
-        )
