@@ -51,6 +51,7 @@ class EnclaveThreads:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.started: list[InProcessEnclave] = []
         self._ends: list[tuple[int, threading.Thread, socket.socket]] = []
 
     def start(
@@ -77,7 +78,8 @@ class EnclaveThreads:
         thread = threading.Thread(target=server.serve, args=(listener, read_end), daemon=True)
         thread.start()
         self._ends.append((write_end, thread, listener))
-        return InProcessEnclave(path, server)
+        self.started.append(InProcessEnclave(path, server))
+        return self.started[-1]
 
     def close(self) -> None:
         for write_end, thread, listener in self._ends:

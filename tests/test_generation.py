@@ -140,6 +140,23 @@ def test_a_batch_larger_than_the_kv_cache_is_run_in_parts(sealed_pair, monkeypat
     same(sealed_pair("llama", 2), input_ids=random_prompts(1, 10), **GREEDY)
 
 
+def test_what_an_earlier_sequence_left_in_a_block_does_no_harm(sealed_pair, enclave_threads):
+    """Not even NaN, which a mask would not hide: zero times NaN is NaN."""
+    _original, protected = sealed_pair("llama", 2)
+    same(sealed_pair("llama", 2), input_ids=random_prompts(3, 60), **GREEDY)
+    (server,) = [e.server for e in enclave_threads.started if e.path.as_posix() == _socket_of(protected)]
+    caches = [cache for client in server._clients for pair in client.session.cache._layers.values() for cache in pair]
+    assert caches
+    with torch.inference_mode():
+        for cache in caches:
+            cache.fill_(float("nan"))
+    same(sealed_pair("llama", 2), **padded([5, 19, 33]), **GREEDY)
+
+
+def _socket_of(model) -> str:
+    return model.enclave.session.client._socket.getpeername()
+
+
 def test_several_threads_share_a_model(sealed_pair):
     original, protected = sealed_pair("llama", 2)
     prompts = [random_prompts(2, 10 + i, seed=i) for i in range(6)]

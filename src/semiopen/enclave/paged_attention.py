@@ -48,14 +48,19 @@ class KVCache:
         values.index_copy_(1, slots, value)
         return keys, values
 
-    def copy_blocks(self, copies: torch.Tensor) -> None:
-        """Copy blocks `copies[:, 0]` to `copies[:, 1]` in every layer."""
-        if not len(copies):
-            return
-        for layer in self._layers.values():
+    def prepare_blocks(self, step: CheckedStep) -> None:
+        """Carry out a step's copies, and wipe the blocks that it begins.
+
+        Whole blocks are read, with a mask over slots that are not written yet. What an earlier sequence left there
+        would be multiplied by zero, which does not make a NaN vanish.
+        """
+        copies = torch.from_numpy(step.copies)
+        begun = torch.from_numpy(step.slots[step.slots % BLOCK_SIZE == 0] // BLOCK_SIZE)
+        for layer in self._layers.values() if len(copies) or len(begun) else ():
             for cache in layer:
                 blocks = _in_blocks(cache)
                 blocks[:, copies[:, 1]] = blocks[:, copies[:, 0]]
+                blocks[:, begun] = 0
 
     def _empty(self, new: torch.Tensor) -> torch.Tensor:
         # Not torch.zeros, which writes to every page; numpy's zeros are pages that the kernel gives on first use.

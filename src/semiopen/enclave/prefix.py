@@ -54,7 +54,7 @@ class Prefix:
 
         Keys and values of the step are written to `cache`, whose blocks the step names.
         """
-        cache.copy_blocks(torch.from_numpy(step.copies))
+        cache.prepare_blocks(step)
         RunningStep.current = RunningStep(step, cache)
         try:
             output = self.model(

@@ -149,7 +149,13 @@ def _listen(path: Path) -> socket.socket:
 
 def _environment(threads: int) -> dict[str, str]:
     """All that the enclave inherits: nothing of the caller's, whose variables may hold secrets."""
-    variables = {"PATH": os.defpath, "LANG": "C.UTF-8", "HF_HUB_OFFLINE": "1"}
+    variables = {
+        "PATH": os.defpath,
+        "LANG": "C.UTF-8",
+        "HF_HUB_OFFLINE": "1",
+        # Between steps OpenMP's threads spin, by default for milliseconds, on cores that are the host's then.
+        "GOMP_SPINCOUNT": "10000",
+    }
     if threads:
         variables["OMP_NUM_THREADS"] = str(threads)
     return variables
