@@ -392,8 +392,10 @@ def _load(bundle: Path, keys: Path | None, enclave: Path | None, dtype: str | No
     with err.status("Starting the enclave and opening the bundle ..."):
         from semiopen.host.load import load
 
+        # Read when torch is imported, which it is not yet. Threads that spin between steps take the enclave's cores.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         if threads:
-            os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported, which it is not yet
+            os.environ["OMP_NUM_THREADS"] = str(threads)
         model = load(bundle, keys=keys, enclave=None if keys else enclave, dtype=dtype, threads=threads)
     welcome = _welcome(model)
     _banner(welcome.enclave, welcome.measures, False)
