@@ -7,12 +7,12 @@ Legend: T tokens of the step, R sequences of one group, Q new tokens per sequenc
 g key/value heads, d head size.
 """
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
@@ -63,9 +63,11 @@ class KVCache:
                 blocks[:, begun] = 0
 
     def _empty(self, new: torch.Tensor) -> torch.Tensor:
-        # Not torch.zeros, which writes to every page; numpy's zeros are pages that the kernel gives on first use.
+        # Not torch.zeros, which writes to every page. Huge pages would take 2 MiB for the first token of each head.
         shape = (new.shape[0], self._slots, new.shape[2])
-        return torch.from_numpy(np.zeros(prod(shape) * new.element_size(), np.uint8)).view(new.dtype).view(shape)
+        memory = mmap.mmap(-1, prod(shape) * new.element_size())
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        return torch.frombuffer(memory, dtype=new.dtype).view(shape)
 
 
 def _in_blocks(cache: torch.Tensor) -> torch.Tensor:
