@@ -97,11 +97,13 @@ def test_a_prompt_cache_can_be_copied_for_several_answers(sealed_pair, family):
     assert protected.enclave.session.pool.free == free, "a finished answer must free its blocks"
 
 
+@pytest.mark.parametrize("configured", [True, False])  # without, a cache makes its layers in the first forward
+@pytest.mark.parametrize("prefix", [2, 4])
 @BOTH
-def test_token_by_token_equals_all_at_once(sealed_pair, family):
-    original, protected = sealed_pair(family, 2)
+def test_token_by_token_equals_all_at_once(sealed_pair, family, prefix, configured):
+    original, protected = sealed_pair(family, prefix)
     text = random_prompts(2, 30)
-    cache = DynamicCache(config=protected.config)
+    cache = DynamicCache(config=protected.config) if configured else DynamicCache()
     with torch.no_grad():
         expected = original(text).logits
         steps = [protected(text[:, :13], past_key_values=cache, use_cache=True).logits]

@@ -14,10 +14,11 @@ class FollowsEnclave:
     """Mixed into a cache's class: cropping, beams and resets reach the enclave's sequences too."""
 
     enclave_rows: Rows
+    enclave_alone: bool
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns held; counted by the enclave's rows where the host has no block of its own."""
-        return super().get_seq_length(layer_idx) if self.layers else self.enclave_rows.columns  # type: ignore[attr-defined]
+        return self.enclave_rows.columns if self.enclave_alone else super().get_seq_length(layer_idx)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder rows, for beam search."""
@@ -64,8 +65,8 @@ def _following(cache_class: type[DynamicCache]) -> type[DynamicCache]:
     return type(cache_class.__name__, (FollowsEnclave, cache_class), {"__module__": cache_class.__module__})
 
 
-def follow(cache: object, rows: Rows) -> None:
-    """Make an empty `cache` follow `rows`.
+def follow(cache: object, rows: Rows, alone: bool) -> None:
+    """Make an empty `cache` follow `rows`; `alone` where the host has no block, so that it keeps nothing itself.
 
     Raises:
         UnsupportedCallError: the cache is of another kind, or holds tokens that the enclave has not seen.
@@ -80,3 +81,4 @@ def follow(cache: object, rows: Rows) -> None:
         )
     cache.__class__ = _following(type(cache))
     cache.enclave_rows = rows  # type: ignore[attr-defined]
+    cache.enclave_alone = alone  # type: ignore[attr-defined]

@@ -102,7 +102,7 @@ def _run_prefix(
     rows = None
     if cache is not None:
         if not isinstance(cache, FollowsEnclave):
-            follow(cache, embedding.session.rows(len(input_ids)))
+            follow(cache, embedding.session.rows(len(input_ids)), alone=decoder.config.num_hidden_layers == 0)
         rows = cast(FollowsEnclave, cache).enclave_rows
         _check_in_step(cache, rows, input_ids, embedding.session)
     tokens = _tokens(call.get("attention_mask"), input_ids, rows)
