@@ -281,7 +281,7 @@ def parse_arguments() -> argparse.Namespace:
         "--cores", type=int, default=0, metavar="N", help="use only the first N cores, for all processes"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="a minute: small checkpoint, two rounds")
+    parser.add_argument("--quick", action="store_true", help="under a minute: small checkpoint, one or two rounds")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
     options = parser.parse_args()
     if options.quick:
@@ -355,7 +355,7 @@ def main() -> int:
         sealing = measure_seal(
             model, keys, prefix, manifest.sealed_bytes, 1 if options.quick else options.rounds, space, advance
         )
-        cold = measure_cold(model, bundle, keys, options.rounds, space, advance)
+        cold = measure_cold(model, bundle, keys, 1 if options.quick else options.rounds, space, advance)
         warm = measure_warm(model, bundle, keys, options.rounds, advance)
         shards = len(list(model.glob("*.safetensors")))
     print_machine(about)
