@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 
-from tests.models import FAMILIES, VOCAB
+import semiopen
+from tests.models import FAMILIES, VOCAB, save_random_model
 
 GREEDY = {"do_sample": False, "min_new_tokens": 24, "max_new_tokens": 24, "pad_token_id": 0}
 
@@ -51,6 +52,23 @@ def test_logits_are_those_of_the_original(sealed_pair, family, eager, request):
         logits = protected(**batch, position_ids=positions).logits
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(logits[real], expected[real], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_is_as_close_to_fp32_as_the_original(family, tmp_path, keys, enclave_threads):
+    exact = save_random_model(family, tmp_path / "model")
+    semiopen.seal(tmp_path / "model", tmp_path / "bundle", keys, prefix=2)
+    enclave = enclave_threads.start(tmp_path / "bundle", keys, torch.bfloat16)
+    protected = semiopen.load(tmp_path / "bundle", enclave=enclave.path, dtype=torch.bfloat16)
+    original = type(exact).from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    ids = random_prompts(4, 30)
+    with torch.no_grad():
+        truth, plain, ours = exact(ids).logits, original(ids).logits, protected(ids).logits
+    protected.enclave.close()
+    assert ours.dtype == plain.dtype == torch.bfloat16
+    rounding = (plain.float() - truth).abs().mean()
+    assert rounding > 0
+    assert (ours.float() - truth).abs().mean() < 1.5 * rounding
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,8 +23,8 @@ class _NoPositions(nn.Module):
     """Stands where a learned position embedding stood: the enclave has added it already."""
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Return zeros that broadcast over [B, S, H]."""
-        return torch.zeros(*position_ids.shape, 1, device=position_ids.device)
+        """Return zeros that broadcast over [B, S, H]; of bool, so that the sum keeps the states' dtype."""
+        return torch.zeros(*position_ids.shape, 1, dtype=torch.bool, device=position_ids.device)
 
 
 class SemiopenModel:
