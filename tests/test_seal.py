@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import semiopen
-from semiopen.audit.plaintext import sample_pieces, search, weight_files
+from semiopen.audit.plaintext import sample_pieces, search
 from semiopen.bundle.keys import load_sealing_key, load_vendor_key
 from semiopen.bundle.reader import bundle_key_of, load_sealed, read_files
 from semiopen.errors import BundleError, SemiopenError, UnsupportedModelError
+from semiopen.model.checkpoint import weight_files
 from tests.models import FAMILIES, random_model, save_random_model
 
 

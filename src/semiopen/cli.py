@@ -355,7 +355,8 @@ def compare(
     from transformers.utils import logging
 
     from semiopen.audit.equality import compare_tokens
-    from semiopen.audit.plaintext import recent_files, sample_pieces, search, weight_files
+    from semiopen.audit.plaintext import recent_files, sample_pieces, search
+    from semiopen.model.checkpoint import weight_files
 
     logging.disable_progress_bar()
     plain = AutoModelForCausalLM.from_pretrained(original, dtype=dtype)

@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 
 from semiopen.bundle.manifest import Manifest
-from semiopen.errors import SemiopenError
 from semiopen.model.families import FAMILIES
 
 PIECE_BYTES = 48
@@ -67,18 +66,6 @@ def search(pieces: list[bytes], files: Iterable[Path]) -> Finding:
         if hits := sum(piece in data for piece in pieces):
             found[path] = hits
     return Finding(pieces=len(pieces), bytes_searched=searched, found=found)
-
-
-def weight_files(model: Path) -> list[Path]:
-    """The safetensors files of an original model.
-
-    Raises:
-        SemiopenError: there are none.
-    """
-    files = sorted(model.glob("*.safetensors"))
-    if not files:
-        raise SemiopenError(f"{model} has no weights in safetensors; give the folder of the original model.")
-    return files
 
 
 def recent_files(since: float) -> list[Path]:

@@ -17,20 +17,14 @@ class Plan(BaseModel):
     offload: Literal["none"] = "none"
 
 
-PRESETS = {
-    "embedding": "the token embedding alone",
-    "bottom": "the embedding and one eighth of the blocks, at least one",
-    "whole": "the embedding and every block; only the head stays open",
-}
-
-
 def plan_for(num_layers: int, prefix: int | None, preset: str | None) -> Plan:
     """Resolve the command line's `--prefix` or `--preset` into a plan.
 
     Args:
         num_layers: decoder blocks in the model.
         prefix: blocks to seal, 0..num_layers, or None.
-        preset: a name in `PRESETS`, or None. With neither, `bottom`.
+        preset: `embedding` (the token embedding alone), `bottom` (an eighth of the blocks, at least one) or `whole`
+            (every block; only the head stays open), or None. With neither, `bottom`.
 
     Raises:
         ValueError: both given, an unknown preset, or a prefix out of range.

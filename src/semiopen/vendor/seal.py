@@ -13,6 +13,7 @@ from semiopen.bundle.keys import load_sealing_key, load_signing_key
 from semiopen.bundle.manifest import Manifest
 from semiopen.bundle.writer import BundleWriter
 from semiopen.errors import SemiopenError, UnsupportedModelError
+from semiopen.model.checkpoint import weight_files
 from semiopen.model.plan import plan_for
 from semiopen.model.split import Part, Split, check_supported, split_config
 from semiopen.version import VERSION
@@ -131,25 +132,6 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         ) from None
     check_supported(config)
     return config
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order.
-
-    Raises:
-        SemiopenError: there are none, or one that the index names is missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise SemiopenError(f"{folder} lacks {missing[0]}, which its index names; fetch the model again.")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    other = "; convert its .bin files to safetensors first" if list(folder.glob("*.bin")) else ""
-    raise SemiopenError(f"{folder} has no weights in safetensors{other or '; give a complete model folder'}.")
 
 
 def _tensors(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
