@@ -55,13 +55,13 @@ class EnclaveThreads:
         self._ends: list[tuple[int, threading.Thread, socket.socket]] = []
 
     def start(
-        self, bundle: Path, keys: Path, dtype: torch.dtype = torch.float32, max_blocks: int = 4096
+        self, bundle: Path, keys: Path, dtype: torch.dtype = torch.float32, max_kv_tokens: int = 65536
     ) -> InProcessEnclave:
         verified = read_files(bundle, load_vendor_key(keys), only=())
         config = config_from_dict(json.loads(verified.read("config.json"))["prefix_config"])
         key = bundle_key_of(verified, load_sealing_key(keys), load_vendor_key(keys))
         prefix = Prefix(config, load_sealed(verified, key), dtype)
-        limits = limits_for(prefix, max_blocks)
+        limits = limits_for(prefix, max_kv_tokens)
         welcome = welcome_for(
             prefix,
             limits,

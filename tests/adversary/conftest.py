@@ -69,7 +69,7 @@ def unharmed(exact: torch.Tensor) -> Unharmed:
     def check(path: Path) -> None:
         assert torch.equal(honest_states(path), exact)
         until(lambda: status(path).sessions == 0, "the enclave keeps sessions of hosts that are gone")
-        assert status(path).blocks == 0
+        assert status(path).kv_tokens == 0
 
     return check
 

@@ -149,11 +149,13 @@ class LyingHost:
         """Open a session as an honest client would, and map its memory."""
         welcome = self.ask(Hello())
         assert isinstance(welcome, Welcome)
-        opened = self.ask(Open(blocks=blocks, step_tokens=step_tokens, sequences=sequences))
+        request = Open(blocks=blocks, block_size=BLOCK, by_window=False, step_tokens=step_tokens, sequences=sequences)
+        opened = self.ask(request)
         assert isinstance(opened, Opened), opened
-        width = -(-welcome.context // welcome.block_size)
         dtype = getattr(torch, welcome.dtype)
-        layout = Layout(step_tokens, sequences, width, welcome.hidden_size, dtype)
+        layout = Layout(
+            step_tokens, sequences, BLOCK, False, len(welcome.windows), welcome.context, welcome.hidden_size, dtype
+        )
         assert opened.nbytes == layout.nbytes()
         self.arrays = SharedArrays(self.descriptors[0], layout)
         return self
@@ -164,7 +166,7 @@ class LyingHost:
         assert arrays is not None, "open a session first"
         for name in ("token_ids", "query_start", "seq_lens"):
             _put(getattr(arrays, name), getattr(step, name))
-        for row, table in zip(arrays.block_table, step.block_table, strict=False):
+        for row, table in zip(arrays.block_tables[0], step.block_table, strict=False):
             _put(row, table)
         for row, pair in zip(arrays.copies, step.copies, strict=False):
             _put(row, pair)
@@ -208,7 +210,7 @@ def honest_states(path: Path) -> torch.Tensor:
     """
     client = _connect_honestly(path)
     try:
-        client.open(blocks=10, step_tokens=STEP_TOKENS, sequences=SEQUENCES)
+        client.open(blocks=10, block_size=BLOCK, step_tokens=STEP_TOKENS, sequences=SEQUENCES)
         first = _states(client, StepInput(TEXTS[0][:30] + TEXTS[1], [30, 9], [30, 9], [[0, 1], [2]], [], True))
         rows: tuple[list, list, list] = ([first[:30]], [first[30:]], [])
         for done in range(30, 35):
@@ -374,7 +376,7 @@ BAD_PAYLOADS: dict[str, bytes] = {
     "unknown kind": b'{"kind":"shutdown"}',
     "long unknown kind": b'{"kind":"' + b"k" * 65000 + b'"}',
     "kind of a reply": b'{"kind":"opened","nbytes":1}',
-    "kind of a start": b'{"kind":"provision","bundle":"/","vendor_key":"","dtype":null,"threads":0,"max_blocks":1}',
+    "kind of a start": b'{"kind":"provision","bundle":"/","vendor_key":"","dtype":null,"threads":0,"max_kv_tokens":1}',
     "kind null": b'{"kind":null}',
     "kind an object": b'{"kind":{"kind":"hello"}}',
     "kind in capitals": b'{"kind":"Hello"}',

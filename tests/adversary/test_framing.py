@@ -57,7 +57,9 @@ def test_random_bytes(enclave, unharmed, data, in_frame, rest):
 @given(st.data())
 def test_damaged_frames(enclave, unharmed, data):
     """Right frames with a few bytes changed: closer to the parser than random bytes come."""
-    stream = bytearray(HELLO + STATUS + encode_frame(dump(Open(blocks=1, step_tokens=1, sequences=1))))
+    stream = bytearray(
+        HELLO + STATUS + encode_frame(dump(Open(blocks=1, block_size=16, by_window=False, step_tokens=1, sequences=1)))
+    )
     for _ in range(data.draw(st.integers(1, 4))):
         stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
     with LyingHost(enclave.path) as host:
@@ -202,7 +204,9 @@ def test_storm_of_connections(enclave, unharmed):
 def test_storm_of_sessions(enclave, unharmed):
     for i in range(100):
         with LyingHost(enclave.path) as host:
-            request = encode_frame(dump(Open(blocks=4096, step_tokens=8192, sequences=512)))
+            request = encode_frame(
+                dump(Open(blocks=4096, block_size=16, by_window=False, step_tokens=8192, sequences=512))
+            )
             host.send(request if i % 2 else request * 2)
             if i % 3:
                 host.reply()
@@ -274,7 +278,7 @@ def test_bad_messages_leave_a_session_alone(enclave, unharmed):
             assert code_of(host.ask(payload)) == "message"
         found = host.ask(Status())
         assert isinstance(found, StatusIs)
-        assert (found.sessions, found.blocks) == (1, 3)
+        assert (found.sessions, found.kv_tokens) == (1, 48)
     unharmed(enclave.path)
 
 

@@ -25,7 +25,7 @@ from semiopen.protocol.messages import Provision
 
 bundle, vendor_key = map(Path, sys.argv[1:])
 provision = Provision(
-    bundle=str(bundle), vendor_key=vendor_key.read_text(), dtype=None, threads=1, max_blocks=64
+    bundle=str(bundle), vendor_key=vendor_key.read_text(), dtype=None, threads=1, max_kv_tokens=1024
 )
 prefix, digest, blocks = start._load_prefix(provision, key)
 limits = limits_for(prefix, 64)

@@ -118,7 +118,7 @@ def test_session_counters_do_not_count_a_failed_step(enclave, monkeypatch):
 def test_honest_client_is_told_in_one_sentence(enclave, monkeypatch):
     client = EnclaveClient(enclave.path)
     try:
-        client.open(blocks=4, step_tokens=40, sequences=2)
+        client.open(blocks=4, block_size=16, step_tokens=40, sequences=2)
         monkeypatch.setattr(Prefix, "run", fails(RuntimeError(SECRET)))
         with pytest.raises(
             EnclaveError, match=r"^The enclave met an internal error \(RuntimeError at .*\)\.$"
@@ -136,7 +136,9 @@ def test_error_of_an_open_leaves_no_session_and_sends_no_descriptor(enclave, unh
     with LyingHost(enclave.path) as host:
         with monkeypatch.context() as patch:
             patch.setattr("semiopen.enclave.server.SlotLedger", no_memory)
-            reply = host.ask({"kind": "open", "blocks": 1, "step_tokens": 1, "sequences": 1})
+            reply = host.ask(
+                {"kind": "open", "blocks": 1, "block_size": 16, "by_window": False, "step_tokens": 1, "sequences": 1}
+            )
         assert code_of(reply) == "internal"
         assert SECRET not in str(reply)
         assert host.descriptors == []

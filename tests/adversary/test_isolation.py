@@ -7,7 +7,6 @@ import weakref
 import pytest
 import torch
 
-from semiopen.enclave.trusted_state import BLOCK_SIZE
 from semiopen.protocol.messages import Failed
 from tests.adversary.conftest import until
 from tests.adversary.lying_host import HISTORY, NEXT, STEP_ATTACKS, TEXTS, LyingHost, RawStep, code_of, status
@@ -24,7 +23,9 @@ def ask(fields, wait=True):
 host = socket.socket(socket.AF_UNIX)
 host.connect(sys.argv[1])
 moment, tokens = sys.argv[2], 4000
-reply, (descriptor,) = ask({"kind": "open", "blocks": 4000, "step_tokens": 8192, "sequences": 512})
+reply, (descriptor,) = ask(
+    {"kind": "open", "blocks": 4000, "block_size": 16, "by_window": False, "step_tokens": 8192, "sequences": 512}
+)
 size = json.loads(reply[10:])["nbytes"]
 memory = mmap.mmap(descriptor, size)
 page = lambda nbytes: -(-nbytes // 4096) * 4096
@@ -129,10 +130,6 @@ def test_host_killed_with_a_session_open(enclave, unharmed, moment):
     command = [sys.executable, "-I", "-S", "-c", DOOMED_HOST, str(enclave.path), moment]
     child = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert child.returncode == -9, child.stderr
-    until(lambda: status(enclave.path).blocks == 0, "the blocks of a dead host are not freed")
+    until(lambda: status(enclave.path).kv_tokens == 0, "the blocks of a dead host are not freed")
     assert status(enclave.path).steps - before == (2 if moment == "in a step" else 1)
     unharmed(enclave.path)
-
-
-def test_block_size_that_these_attacks_assume():
-    assert BLOCK_SIZE == 16

@@ -24,9 +24,9 @@ from tests.adversary.lying_host import (
     honest_states,
 )
 
-LAYOUT = Layout(STEP_TOKENS, SEQUENCES, 16, 32, torch.float32)
-LIMITS = Limits(4096, 8192, 512, 64, 256, 199)
-INPUTS = ("token_ids", "query_start", "seq_lens", "block_table", "copies")
+LAYOUT = Layout(STEP_TOKENS, SEQUENCES, 16, False, 1, 256, 32, torch.float32)
+LIMITS = Limits(65536, 8192, 512, 64, 256, 199, (0,))
+INPUTS = ("token_ids", "query_start", "seq_lens", "block_tables", "copies")
 CHECKED_CODES = {"shape", "token", "context", "block", "position"}
 
 

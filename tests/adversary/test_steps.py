@@ -55,7 +55,7 @@ def trusted_state(enclave: InProcessEnclave) -> list[np.ndarray]:
     """A copy of all that a step may change inside: the ledger, and each layer's keys and values."""
     session = session_of(enclave)
     caches = [cache for layer in session.cache._layers.values() for cache in layer]
-    return [session.ledger._position.copy(), *(cache.numpy().copy() for cache in caches)]
+    return [session.ledger._next.copy(), *(cache.numpy().copy() for cache in caches)]
 
 
 def assert_same(before: list[np.ndarray], after: list[np.ndarray]) -> None:
@@ -143,7 +143,7 @@ def test_open_twice(enclave, unharmed, honest_next):
     with LyingHost(enclave.path) as host:
         host.open().states(HISTORY)
         for blocks in (1, BLOCKS, 4096):
-            again = Open(blocks=blocks, step_tokens=1, sequences=1)
+            again = Open(blocks=blocks, block_size=BLOCK, by_window=False, step_tokens=1, sequences=1)
             assert code_of(host.ask(again)) == "order"
         assert len(host.descriptors) == 1
         assert torch.equal(host.states(NEXT), honest_next)
@@ -154,6 +154,7 @@ def test_open_twice(enclave, unharmed, honest_next):
     "size",
     [
         {"blocks": 4097},
+        {"blocks": 65, "block_size": 1024},
         {"blocks": 2**31 - 1},
         {"step_tokens": 8193},
         {"step_tokens": 2**31 - 1},
@@ -164,7 +165,15 @@ def test_open_twice(enclave, unharmed, honest_next):
 )
 def test_absurd_session(enclave, unharmed, size):
     with LyingHost(enclave.path) as host:
-        request = {"kind": "open", "blocks": 1, "step_tokens": 1, "sequences": 1, **size}
+        request = {
+            "kind": "open",
+            "blocks": 1,
+            "block_size": 16,
+            "by_window": False,
+            "step_tokens": 1,
+            "sequences": 1,
+            **size,
+        }
         assert code_of(host.ask(request)) == "limit"
         assert host.descriptors == []
         host.open().states(HISTORY)
@@ -172,7 +181,7 @@ def test_absurd_session(enclave, unharmed, size):
 
 
 def test_sessions_that_together_exceed_the_enclave(enclave, unharmed):
-    small = {"step_tokens": 1, "sequences": 1}
+    small = {"block_size": 16, "by_window": False, "step_tokens": 1, "sequences": 1}
     with LyingHost(enclave.path) as first, LyingHost(enclave.path) as second, LyingHost(enclave.path) as third:
         assert isinstance(first.ask(Open(blocks=4000, **small)), Opened)
         assert code_of(second.ask(Open(blocks=97, **small))) == "limit"
@@ -343,7 +352,7 @@ def test_any_counts_over_any_memory(enclave, unharmed, honest_next, claims, copi
         host.open().states(HISTORY)
         before = trusted_state(enclave)
         random = np.random.default_rng(seed)
-        for array in (host.arrays.token_ids, host.arrays.query_start, host.arrays.seq_lens, host.arrays.block_table):
+        for array in (host.arrays.token_ids, host.arrays.query_start, host.arrays.seq_lens, host.arrays.block_tables):
             array[...] = random.integers(-(2**31), 2**31, size=array.shape)
         reply = host.ask(Step(**claims, copies=copies, score_cap=bool(seed % 2)))
         assert code_of(reply) == "shape"

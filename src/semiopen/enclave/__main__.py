@@ -42,7 +42,7 @@ def main() -> int:
         try:
             provision = _read_provision(lifeline)
             prefix, digest, sealed_blocks = _load_prefix(provision, sealing_key)
-            limits = limits_for(prefix, provision.max_blocks)
+            limits = limits_for(prefix, provision.max_kv_tokens)
             server = Server(prefix, limits, welcome_for(prefix, limits, KIND, digest, sealed_blocks))
             server.rehearse()
         except SemiopenError as error:

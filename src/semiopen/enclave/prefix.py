@@ -6,11 +6,11 @@ import torch
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from semiopen.enclave import paged_attention
-from semiopen.enclave.paged_attention import KVCache, RunningStep
 from semiopen.enclave.trusted_state import CheckedStep
 from semiopen.errors import BundleError
-from semiopen.model.families import FAMILIES
+from semiopen.model import paged_attention
+from semiopen.model.families import FAMILIES, attention_windows
+from semiopen.model.paged_attention import KVCache, RunningStep
 
 
 class Prefix:
@@ -31,6 +31,7 @@ class Prefix:
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.context: int = config.max_position_embeddings
+        self.windows = tuple(sorted(set(attention_windows(config))))
         family = FAMILIES[config.model_type]
         _say_nothing()
         model_class = cast(type[PreTrainedModel], AutoModel._model_mapping[type(config)])

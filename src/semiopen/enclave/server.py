@@ -18,10 +18,8 @@ from typing import cast
 import torch
 from pydantic import BaseModel
 
-from semiopen.enclave.paged_attention import KVCache
 from semiopen.enclave.prefix import Prefix
 from semiopen.enclave.trusted_state import (
-    BLOCK_SIZE,
     Limits,
     Refused,
     SlotLedger,
@@ -29,6 +27,7 @@ from semiopen.enclave.trusted_state import (
     check_step,
 )
 from semiopen.errors import ProtocolError
+from semiopen.model.paged_attention import KVCache
 from semiopen.protocol.channel import Layout, SharedArrays, create_shared_memory
 from semiopen.protocol.framing import FrameDecoder, encode_frame
 from semiopen.protocol.messages import (
@@ -107,13 +106,13 @@ class Server:
         """
         client = Client(cast(socket.socket, _Discard()))
         self._clients.add(client)
-        self._answer(client, dump(Open(blocks=1, step_tokens=2, sequences=1)))
+        self._answer(client, dump(Open(blocks=1, block_size=16, by_window=True, step_tokens=2, sequences=1)))
         session = client.session
         assert session is not None, "no session for the rehearsal"
         for held, new in ((2, 2), (3, 1)):
             session.arrays.query_start[:2] = (0, new)
             session.arrays.seq_lens[0] = held
-            session.arrays.block_table[0, 0] = 0
+            session.arrays.block_tables[:, 0, 0] = 0
             session.arrays.copies[0] = (0, 0)
             self._answer(client, dump(Step(tokens=new, sequences=1, width=1, copies=1, score_cap=True)))
         for payload in (
@@ -229,7 +228,7 @@ class Server:
         sessions = [client.session for client in self._clients if client.session]
         return StatusIs(
             sessions=len(sessions),
-            blocks=sum(session.blocks for session in sessions),
+            kv_tokens=sum(session.blocks * session.layout.block_size for session in sessions),
             steps=self._counters.steps,
             tokens=self._counters.tokens,
             refused=self._counters.refused,
@@ -239,11 +238,14 @@ class Server:
         if client.session is not None:
             raise Refused("order", "This connection has a session already; use another connection for another.")
         status = self._status()
-        check_open(request, self._limits, status.sessions, status.blocks)
+        check_open(request, self._limits, status.sessions, status.kv_tokens)
         layout = Layout(
             step_tokens=request.step_tokens,
             sequences=request.sequences,
-            table_width=self._limits.table_width,
+            block_size=request.block_size,
+            by_window=request.by_window,
+            windows=len(self._limits.windows),
+            context=self._limits.context,
             hidden_size=self._prefix.hidden_size,
             dtype=self._prefix.dtype,
         )
@@ -253,8 +255,8 @@ class Server:
             request.blocks,
             layout,
             SharedArrays(descriptor, layout),
-            KVCache(request.blocks),
-            SlotLedger(request.blocks),
+            KVCache(request.blocks, request.block_size),
+            SlotLedger(request.blocks, request.block_size, layout.tables),
         )
         return Opened(nbytes=layout.nbytes())
 
@@ -296,15 +298,16 @@ def place_of(error: BaseException) -> str:
     return f"The enclave met an internal error ({type(error).__name__} at {Path(frame.filename).name}:{frame.lineno})."
 
 
-def limits_for(prefix: Prefix, max_blocks: int) -> Limits:
+def limits_for(prefix: Prefix, max_kv_tokens: int) -> Limits:
     """The limits that an enclave with this prefix grants."""
     return Limits(
-        max_blocks=max_blocks,
+        max_kv_tokens=max_kv_tokens,
         max_step_tokens=8192,
         max_sequences=512,
         max_sessions=64,
         context=prefix.context,
         vocab_size=prefix.vocab_size,
+        windows=prefix.windows,
     )
 
 
@@ -319,8 +322,8 @@ def welcome_for(prefix: Prefix, limits: Limits, kind: str, digest: str, blocks: 
         hidden_size=prefix.hidden_size,
         vocab_size=prefix.vocab_size,
         context=prefix.context,
-        block_size=BLOCK_SIZE,
-        max_blocks=limits.max_blocks,
+        windows=list(limits.windows),
+        max_kv_tokens=limits.max_kv_tokens,
         max_step_tokens=limits.max_step_tokens,
         max_sequences=limits.max_sequences,
     )

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from semiopen.model.packed_step import WHOLE, PackedStep, slots_of
 from semiopen.protocol.channel import Layout, SharedArrays
 from semiopen.protocol.messages import FailureCode, Open, Step
-
-BLOCK_SIZE = 16  # tokens in a KV block
 
 
 class Refused(Exception):
@@ -27,45 +26,25 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one enclave grants: KV blocks in all, and the size of a step."""
+    """What one enclave grants: tokens in its KV caches in all, and the size of a step.
 
-    max_blocks: int
+    `windows` are the distinct attention windows of the sealed blocks (`WHOLE` for none), in rising order.
+    """
+
+    max_kv_tokens: int
     max_step_tokens: int
     max_sequences: int
     max_sessions: int
     context: int
     vocab_size: int
-
-    @property
-    def table_width(self) -> int:
-        """KV blocks that one sequence of full context takes."""
-        return -(-self.context // BLOCK_SIZE)
+    windows: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class CheckedStep:
-    """A step whose every number has been checked. T tokens, S sequences, W block-table columns.
-
-    Attributes:
-        token_ids: [T] int64 in [0, vocabulary).
-        positions: [T] int64, position of each token in its sequence, derived here.
-        slots: [T] int64, KV slot of each token, derived here; no two are equal.
-        query_start: [S + 1] int64. seq_lens: [S] int64, tokens after this step.
-        block_table: [S, W] int64. copies: [C, 2] int64, distinct destinations.
-        score_cap: whether attention caps its scores where the family does.
-    """
-
-    token_ids: np.ndarray
-    positions: np.ndarray
-    slots: np.ndarray
-    query_start: np.ndarray
-    seq_lens: np.ndarray
-    block_table: np.ndarray
-    copies: np.ndarray
-    score_cap: bool
+class CheckedStep(PackedStep):
+    """A step whose every number has been checked; only `check_step` makes one. No two slots of a table are equal."""
 
 
-def check_open(request: Open, limits: Limits, open_sessions: int, blocks_in_use: int) -> None:
+def check_open(request: Open, limits: Limits, open_sessions: int, kv_tokens_in_use: int) -> None:
     """Decide whether a session of the requested size may be opened.
 
     Raises:
@@ -78,11 +57,12 @@ def check_open(request: Open, limits: Limits, open_sessions: int, blocks_in_use:
             "limit",
             f"A step may hold at most {limits.max_step_tokens} tokens of {limits.max_sequences} sequences.",
         )
-    if request.blocks > limits.max_blocks - blocks_in_use:
+    free = limits.max_kv_tokens - kv_tokens_in_use
+    if request.blocks * request.block_size > free:
         raise Refused(
             "limit",
-            f"{limits.max_blocks - blocks_in_use} of {limits.max_blocks} KV blocks are free; ask for fewer, "
-            "or start the enclave with more.",
+            f"The KV cache has room for {free} of {limits.max_kv_tokens} tokens; ask for less, or start the enclave "
+            "with more.",
         )
 
 
@@ -90,12 +70,13 @@ class SlotLedger:
     """Which position each KV slot of a session holds, so that no step can read what was not written for it.
 
     Slots start empty. A sequence may only read slots that hold the very positions it claims to have, so stale
-    or foreign blocks at other positions, and blocks never written, are refused.
+    or foreign blocks at other positions, and blocks never written, are refused. Each block table has slots of its
+    own: what was written through one is not there for another.
     """
 
-    def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
-        self._position = np.full(blocks * BLOCK_SIZE, -1, dtype=np.int64)
+    def __init__(self, blocks: int, block_size: int, tables: int) -> None:
+        self._shape = (tables, blocks, block_size)
+        self._next = np.zeros((tables, blocks * block_size), dtype=np.int32)  # position + 1, so that 0 is empty
 
     def admit(self, step: CheckedStep) -> None:
         """Record the step's copies and writes, after checking that all its reads are of written slots.
@@ -103,32 +84,41 @@ class SlotLedger:
         Raises:
             Refused: `position`; nothing is recorded then.
         """
-        position, per_block = self._position, self._position.reshape(self.blocks, BLOCK_SIZE)
-        touched = step.slots
-        if len(step.copies):
-            destinations = step.copies[:, 1:] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
-            touched = np.concatenate([destinations.reshape(-1), touched])
-        before = position[touched]
-        if len(step.copies):
-            per_block[step.copies[:, 1]] = per_block[step.copies[:, 0]]
-        position[step.slots] = step.positions
-        if not all(self._holds(step.block_table[rows], step.seq_lens[rows]) for rows in _slices(step)):
-            position[touched] = before
+        per_block = self._next.reshape(self._shape)
+        copied_over = per_block[:, step.copies[:, 1]]
+        per_block[:, step.copies[:, 1]] = per_block[:, step.copies[:, 0]]
+        tables = np.arange(len(self._next))[:, None]
+        written_over = self._next[tables, step.slots]
+        self._next[tables, step.slots] = step.positions + 1
+        if not all(self._holds(step, rows) for rows in _slices(step)):
+            self._next[tables, step.slots] = written_over
+            per_block[:, step.copies[:, 1]] = copied_over
             raise Refused(
                 "position",
                 "A sequence claims tokens that its KV blocks do not hold; send its tokens from the start.",
             )
 
-    def _holds(self, block_table: np.ndarray, seq_lens: np.ndarray) -> bool:
-        used = -(-int(seq_lens.max()) // BLOCK_SIZE)
-        held = self._position.reshape(self.blocks, BLOCK_SIZE)[block_table[:, :used]].reshape(len(seq_lens), -1)
-        wanted = np.arange(held.shape[1])
-        return not ((held != wanted) & (wanted < seq_lens[:, None])).any()
+    def _holds(self, step: CheckedStep, rows: slice) -> bool:
+        """Whether the tables of some sequences hold all that these may read."""
+        _, blocks, size = self._shape
+        seq_lens = step.seq_lens[rows]
+        first_new = seq_lens - np.diff(step.query_start)[rows]
+        used = -(-int(seq_lens.max()) // size)
+        wanted = np.arange(used * size)
+        for table, next_position in enumerate(self._next):
+            held = next_position.reshape(blocks, size)[step.block_tables[table, rows, :used]]
+            held = held.reshape(len(seq_lens), -1)
+            read = wanted < seq_lens[:, None]
+            if step.windows and step.windows[table] != WHOLE:
+                read &= wanted > (first_new - step.windows[table])[:, None]
+            if ((held != wanted + 1) & read).any():
+                return False
+        return True
 
     def forget(self, step: CheckedStep) -> None:
         """Mark what an admitted step writes and copies to as never written, after it failed half way."""
-        self._position[step.slots] = -1
-        self._position.reshape(self.blocks, BLOCK_SIZE)[step.copies[:, 1]] = -1
+        self._next[np.arange(len(self._next))[:, None], step.slots] = 0
+        self._next.reshape(self._shape)[:, step.copies[:, 1]] = 0
 
 
 def _slices(step: CheckedStep) -> Iterator[slice]:
@@ -150,7 +140,7 @@ def check_step(request: Step, arrays: SharedArrays, layout: Layout, limits: Limi
     Raises:
         Refused: `shape`, `token`, `context` or `block`.
     """
-    tokens, sequences, width = request.tokens, request.sequences, request.width
+    tokens, sequences, width, size = request.tokens, request.sequences, request.width, layout.block_size
     if tokens > layout.step_tokens or sequences > layout.sequences or width > layout.table_width:
         raise Refused("shape", "The step is larger than the session was opened for; split it or open a larger session.")
     if request.copies > layout.sequences:
@@ -162,7 +152,7 @@ def check_step(request: Step, arrays: SharedArrays, layout: Layout, limits: Limi
     token_ids = private(arrays.token_ids[:tokens])
     query_start = private(arrays.query_start[: sequences + 1])
     seq_lens = private(arrays.seq_lens[:sequences])
-    block_table = private(arrays.block_table[:sequences, :width])
+    block_tables = private(arrays.block_tables[:, :sequences, :width])
     copies = private(arrays.copies[: request.copies])
 
     new_tokens = np.diff(query_start)
@@ -180,18 +170,27 @@ def check_step(request: Step, arrays: SharedArrays, layout: Layout, limits: Limi
             "context",
             f"A sequence is longer than the context of {limits.context} tokens; shorten the prompt.",
         )
-    if (seq_lens > width * BLOCK_SIZE).any():
+    if (seq_lens > width * size).any():
         raise Refused("block", "A block table is too short for its sequence.")
-    used = np.arange(width)[None, :] * BLOCK_SIZE < seq_lens[:, None]
-    if ((block_table < 0) | (block_table >= blocks))[used].any():
+    used = np.arange(width)[None, :] * size < seq_lens[:, None]
+    if (((block_tables < 0) | (block_tables >= blocks)) & used).any():
         raise Refused("block", f"A block table names a KV block outside this session's {blocks}.")
-    block_table[~used] = 0
+    block_tables[:, ~used] = 0
     if ((copies < 0) | (copies >= blocks)).any() or len(np.unique(copies[:, 1])) != len(copies):
         raise Refused("block", "KV block copies must stay inside this session and have distinct destinations.")
 
-    sequence = np.repeat(np.arange(sequences), new_tokens)
-    positions = np.arange(tokens) - query_start[sequence] + (seq_lens - new_tokens)[sequence]
-    slots = block_table[sequence, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-    if len(np.unique(slots)) != tokens:
+    positions, slots = slots_of(block_tables, query_start, seq_lens, size)
+    if any(len(np.unique(written)) != tokens for written in slots):
         raise Refused("block", "Two tokens of one step would be written to the same KV slot.")
-    return CheckedStep(token_ids, positions, slots, query_start, seq_lens, block_table, copies, request.score_cap)
+    return CheckedStep(
+        token_ids=token_ids,
+        positions=positions,
+        query_start=query_start,
+        seq_lens=seq_lens,
+        block_tables=block_tables,
+        slots=slots,
+        windows=limits.windows if layout.by_window else (),
+        copies=copies,
+        block_size=size,
+        score_cap=request.score_cap,
+    )

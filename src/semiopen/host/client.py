@@ -84,8 +84,10 @@ class EnclaveClient:
         self._arrays: SharedArrays | None = None
         self.welcome = self._ask(Hello(), Welcome)
 
-    def open(self, blocks: int, step_tokens: int, sequences: int) -> None:
+    def open(self, blocks: int, block_size: int, step_tokens: int, sequences: int, by_window: bool = False) -> None:
         """Reserve a KV cache of `blocks` blocks and shared memory for steps of the given size.
+
+        With `by_window` a sequence has a block table for each of the enclave's windows, else one for all.
 
         Raises:
             EnclaveError: the enclave does not have that much left.
@@ -94,11 +96,17 @@ class EnclaveClient:
         layout = Layout(
             step_tokens=step_tokens,
             sequences=sequences,
-            table_width=-(-welcome.context // welcome.block_size),
+            block_size=block_size,
+            by_window=by_window,
+            windows=len(welcome.windows),
+            context=welcome.context,
             hidden_size=welcome.hidden_size,
             dtype=getattr(torch, welcome.dtype),
         )
-        opened = self._ask(Open(blocks=blocks, step_tokens=step_tokens, sequences=sequences), Opened)
+        request = Open(
+            blocks=blocks, block_size=block_size, by_window=by_window, step_tokens=step_tokens, sequences=sequences
+        )
+        opened = self._ask(request, Opened)
         if opened.nbytes != layout.nbytes():
             raise ProtocolError("The enclave lays out shared memory differently; use the same release on both sides.")
         if not self._descriptors:
@@ -126,7 +134,7 @@ class EnclaveClient:
             arrays.query_start[1 : sequences + 1] = np.cumsum(step.new_tokens)
             arrays.seq_lens[:sequences] = step.seq_lens
             for row, table in enumerate(step.block_tables):
-                arrays.block_table[row, : len(table)] = table
+                arrays.block_tables[0, row, : len(table)] = table
             if step.copies:
                 arrays.copies[: len(step.copies)] = step.copies
             request = Step(

@@ -7,7 +7,7 @@ from torch import nn
 
 from semiopen.errors import EnclaveError
 from semiopen.host.client import EnclaveClient, StepInput
-from semiopen.host.sequences import BlockPool, Rows
+from semiopen.host.sequences import BLOCK_SIZE, BlockPool, Rows
 
 
 class EnclaveSession:
@@ -29,9 +29,9 @@ class EnclaveSession:
         welcome = client.welcome
         self.step_tokens = min(step_tokens, welcome.max_step_tokens)
         self.sequences = min(sequences, welcome.max_sequences)
-        blocks = min(-(-kv_tokens // welcome.block_size), welcome.max_blocks)
-        client.open(blocks=blocks, step_tokens=self.step_tokens, sequences=self.sequences)
-        self.pool = BlockPool(blocks, welcome.block_size)
+        blocks = max(1, min(-(-kv_tokens // BLOCK_SIZE), welcome.max_kv_tokens // BLOCK_SIZE))
+        client.open(blocks, BLOCK_SIZE, self.step_tokens, self.sequences)
+        self.pool = BlockPool(blocks, BLOCK_SIZE)
         self.score_cap = True
 
     def rows(self, count: int) -> Rows:
@@ -80,13 +80,12 @@ class EnclaveSession:
 
         Arguments, result and errors as for `run`; a batch larger than the KV cache is run in parts.
         """
-        size = self.client.welcome.block_size
         parts: list[torch.Tensor] = []
         begin = 0
         while begin < len(input_ids):
             end, blocks = begin, 0
             while end < len(input_ids):
-                blocks += -(-int(tokens[end].sum()) // size)
+                blocks += -(-int(tokens[end].sum()) // BLOCK_SIZE)
                 if end > begin and blocks > self.pool.free:
                     break
                 end += 1

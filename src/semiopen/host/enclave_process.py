@@ -16,7 +16,7 @@ from semiopen.errors import EnclaveError
 from semiopen.protocol.framing import FrameDecoder, encode_frame
 from semiopen.protocol.messages import START_REPLY, DType, Failed, Provision, dump, parse
 
-DEFAULT_MAX_BLOCKS = 1 << 16  # a million tokens; memory is taken only as they are used
+DEFAULT_MAX_KV_TOKENS = 1 << 24  # memory is taken only as they are used
 
 
 class EnclaveProcess:
@@ -29,7 +29,7 @@ class EnclaveProcess:
         dtype: DType | None = None,
         threads: int = 0,
         socket_path: Path | None = None,
-        max_blocks: int = DEFAULT_MAX_BLOCKS,
+        max_kv_tokens: int = DEFAULT_MAX_KV_TOKENS,
     ) -> None:
         """Spawn an enclave and hand it the sealing key over its standard input; does not wait for it to load.
 
@@ -39,7 +39,7 @@ class EnclaveProcess:
             dtype: dtype to compute in; the bundle's own when None.
             threads: CPU threads of the enclave; 0 for torch's choice.
             socket_path: where it shall listen; a private temporary path when None.
-            max_blocks: KV blocks of all its sessions.
+            max_kv_tokens: tokens that the KV caches of all its sessions may hold.
 
         Raises:
             KeyFolderError: the keys are not usable.
@@ -72,7 +72,7 @@ class EnclaveProcess:
             vendor_key=vendor_key,
             dtype=dtype,
             threads=threads,
-            max_blocks=max_blocks,
+            max_kv_tokens=max_kv_tokens,
         )
         assert self._process.stdin is not None
         try:

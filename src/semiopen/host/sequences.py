@@ -10,6 +10,8 @@ import torch
 
 from semiopen.errors import EnclaveError
 
+BLOCK_SIZE = 16  # tokens in a KV block: our own engines' choice, as vLLM's on an accelerator
+
 
 class BlockPool:
     """Free KV blocks of one session, with reference counts."""

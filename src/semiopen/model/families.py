@@ -5,6 +5,12 @@ transformers' `model_type`.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from semiopen.model.packed_step import WHOLE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -47,3 +53,11 @@ FAMILIES: dict[str, Family] = {
 
 # Per-layer settings of a config, one entry per block, which are cut where the blocks are cut.
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+def attention_windows(config: "PreTrainedConfig") -> list[int]:
+    """Attention window of each block of a model, in tokens with its own; `WHOLE` where a block sees all before."""
+    count = config.num_hidden_layers
+    window = getattr(config, "sliding_window", None) or WHOLE
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * count
+    return [window if kind == "sliding_attention" else WHOLE for kind in kinds[:count]]

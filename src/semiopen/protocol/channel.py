@@ -1,12 +1,13 @@
 """The shared memory of one session: where token ids go in and hidden states come out.
 
 Both sides compute the same layout from the numbers agreed in `Welcome` and `Open`. All integers are int32 in
-native byte order (one machine). Legend: T step tokens, S sequences, W block-table columns, H hidden size.
+native byte order (one machine). Legend: T step tokens, S sequences, G block tables per sequence, W block-table
+columns, H hidden size.
 
     token_ids    [T]        the tokens of all sequences, one after the other
     query_start  [S + 1]    where each sequence's tokens begin in token_ids; the last entry is their number
     seq_lens     [S]        tokens each sequence holds after this step
-    block_table  [S, W]     KV blocks of each sequence, in order
+    block_tables [G, S, W]  KV blocks of each sequence, in order
     copies       [S, 2]     KV blocks to copy before the step: from, to
     hidden       [T, H]     states after the sealed prefix, in the enclave's dtype
 
@@ -28,13 +29,30 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of one session's shared memory."""
+    """Sizes of one session's shared memory, and how its blocks are divided.
+
+    With `by_window` each sequence has a table for each of the `windows` distinct attention windows of the sealed
+    blocks, else one table for all.
+    """
 
     step_tokens: int
     sequences: int
-    table_width: int
+    block_size: int
+    by_window: bool
+    windows: int
+    context: int
     hidden_size: int
     dtype: torch.dtype
+
+    @property
+    def tables(self) -> int:
+        """Block tables of each sequence."""
+        return self.windows if self.by_window else 1
+
+    @property
+    def table_width(self) -> int:
+        """KV blocks that one sequence of full context takes."""
+        return -(-self.context // self.block_size)
 
     def regions(self) -> dict[str, tuple[int, ...]]:
         """Shape of each region, in order of their offsets."""
@@ -42,7 +60,7 @@ class Layout:
             "token_ids": (self.step_tokens,),
             "query_start": (self.sequences + 1,),
             "seq_lens": (self.sequences,),
-            "block_table": (self.sequences, self.table_width),
+            "block_tables": (self.tables, self.sequences, self.table_width),
             "copies": (self.sequences, 2),
             "hidden": (self.step_tokens, self.hidden_size),
         }
@@ -71,13 +89,15 @@ class SharedArrays:
             size = prod(shape)
             if name == "hidden":
                 self.hidden = torch.frombuffer(self._map, dtype=layout.dtype, count=size, offset=offset).view(shape)
+            elif size == 0:
+                arrays[name] = np.empty(shape, dtype=np.int32)  # no sealed block, so no table
             else:
                 arrays[name] = np.frombuffer(self._map, dtype=np.int32, count=size, offset=offset).reshape(shape)
             offset += _padded(size * layout._itemsize(name))
         self.token_ids = arrays["token_ids"]
         self.query_start = arrays["query_start"]
         self.seq_lens = arrays["seq_lens"]
-        self.block_table = arrays["block_table"]
+        self.block_tables = arrays["block_tables"]
         self.copies = arrays["copies"]
 
 

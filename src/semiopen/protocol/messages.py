@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from semiopen.errors import ProtocolError
 
 MessageT = TypeVar("MessageT")
+MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 8, 1024  # tokens in a KV block
 _MAX_COUNT = 2**31 - 1
 _MAX_SHOWN = 80  # characters of a malformed field's name that a refusal repeats, as the sender chose them
 Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
@@ -40,7 +41,10 @@ class Hello(_Message):
 
 
 class Welcome(_Message):
-    """What this enclave is and holds. `enclave` says in words what protects it."""
+    """What this enclave is and holds. `enclave` says in words what protects it.
+
+    `windows` are the distinct attention windows of its blocks in rising order, 0 for blocks that see all tokens.
+    """
 
     kind: Literal["welcome"] = "welcome"
     enclave: str
@@ -51,17 +55,24 @@ class Welcome(_Message):
     hidden_size: Positive
     vocab_size: Positive
     context: Positive
-    block_size: Positive
-    max_blocks: Positive
+    windows: list[Count]
+    max_kv_tokens: Positive
     max_step_tokens: Positive
     max_sequences: Positive
 
 
 class Open(_Message):
-    """Ask for a session: a KV cache of `blocks` blocks and shared memory for steps up to the given sizes."""
+    """Ask for a session: a KV cache of `blocks` blocks and shared memory for steps up to the given sizes.
+
+    With `by_window` each sequence brings a block table for each of the enclave's `windows`, and a table for a
+    sliding window need not keep blocks that have left it; that is how engines with a paged cache do it. Without,
+    one table serves all blocks.
+    """
 
     kind: Literal["open"] = "open"
     blocks: Positive
+    block_size: Annotated[int, Field(ge=MIN_BLOCK_SIZE, le=MAX_BLOCK_SIZE)]
+    by_window: bool
     step_tokens: Positive
     sequences: Positive
 
@@ -70,7 +81,7 @@ class Opened(_Message):
     """The session is there; the descriptor of its shared memory (`nbytes` long) comes with this frame."""
 
     kind: Literal["opened"] = "opened"
-    nbytes: Positive
+    nbytes: Total
 
 
 class Step(_Message):
@@ -104,11 +115,11 @@ class Status(_Message):
 
 
 class StatusIs(_Message):
-    """Counters since start; `blocks` are KV blocks reserved by open sessions."""
+    """Counters since start; `kv_tokens` is the room in KV caches that open sessions have reserved."""
 
     kind: Literal["status_is"] = "status_is"
     sessions: Count
-    blocks: Count
+    kv_tokens: Count
     steps: Total
     tokens: Total
     refused: Total
@@ -145,7 +156,7 @@ class Provision(_Message):
     vendor_key: str
     dtype: DType | None
     threads: Count
-    max_blocks: Positive
+    max_kv_tokens: Positive
 
 
 class Ready(_Message):

@@ -1,4 +1,4 @@
-"""Attention of the sealed blocks over the enclave's own paged KV cache.
+"""Attention over a paged KV cache: of the sealed blocks in the enclave, and of the open blocks in our own engine.
 
 Registered with transformers as an attention function, so that each family's own modules call it: they bring
 query, key and value of all tokens of a step in one row, and it keeps keys and values, and attends per sequence.
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from semiopen.enclave.trusted_state import BLOCK_SIZE, CheckedStep
+from semiopen.model.packed_step import PackedStep
 
 NAME = "semiopen_paged"
 _MAX_SCORES = 1 << 24  # scores per head of one attention call: 64 MiB of mask as SDPA sees it
@@ -33,34 +33,40 @@ class KVCache:
     memory only where they are used.
     """
 
-    def __init__(self, blocks: int) -> None:
-        self._slots = blocks * BLOCK_SIZE
+    def __init__(self, blocks: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._slots = blocks * block_size
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[int, int] = {}  # which of a step's block tables each layer reads through
 
     def write(
-        self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self, layer: int, table: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store key and value [g, T, d] of one layer at slots [T]; return that layer's whole caches."""
+        """Store key and value [g, T, d] of one layer at slots [T] of a table; return that layer's whole caches."""
         if layer not in self._layers:
             self._layers[layer] = (self._empty(key), self._empty(value))
+            self._tables[layer] = table
         keys, values = self._layers[layer]
         keys.index_copy_(1, slots, key)
         values.index_copy_(1, slots, value)
         return keys, values
 
-    def prepare_blocks(self, step: CheckedStep) -> None:
+    def prepare_blocks(self, step: PackedStep) -> None:
         """Carry out a step's copies, and wipe the blocks that it begins.
 
         Whole blocks are read, with a mask over slots that are not written yet. What an earlier sequence left there
         would be multiplied by zero, which does not make a NaN vanish.
         """
         copies = torch.from_numpy(step.copies)
-        begun = torch.from_numpy(step.slots[step.slots % BLOCK_SIZE == 0] // BLOCK_SIZE)
-        for layer in self._layers.values() if len(copies) or len(begun) else ():
-            for cache in layer:
-                blocks = _in_blocks(cache)
+        begins = step.positions % step.block_size == 0
+        begun = torch.from_numpy(step.slots[:, begins] // step.block_size)
+        if not len(copies) and not begun.shape[1]:
+            return
+        for layer, caches in self._layers.items():
+            for cache in caches:
+                blocks = _in_blocks(cache, self._block_size)
                 blocks[:, copies[:, 1]] = blocks[:, copies[:, 0]]
-                blocks[:, begun] = 0
+                blocks[:, begun[self._tables[layer]]] = 0
 
     def _empty(self, new: torch.Tensor) -> torch.Tensor:
         # Not torch.zeros, which writes to every page. Huge pages would take 2 MiB for the first token of each head.
@@ -70,9 +76,9 @@ class KVCache:
         return torch.frombuffer(memory, dtype=new.dtype).view(shape)
 
 
-def _in_blocks(cache: torch.Tensor) -> torch.Tensor:
-    """A cache [g, slots, d] as [g, KV blocks, BLOCK_SIZE * d]."""
-    return cache.view(cache.shape[0], -1, BLOCK_SIZE * cache.shape[2])
+def _in_blocks(cache: torch.Tensor, block_size: int) -> torch.Tensor:
+    """A cache [g, slots, d] as [g, KV blocks, block_size * d]."""
+    return cache.view(cache.shape[0], -1, block_size * cache.shape[2])
 
 
 @dataclass
@@ -80,12 +86,13 @@ class View:
     """What the tokens of one group may see: R sequences, W of their KV blocks each."""
 
     blocks: torch.Tensor  # [R * W]
-    keys: int  # of the W * BLOCK_SIZE keys of a sequence, how many are looked at
+    block_size: int
+    keys: int  # of the W * block_size keys of a sequence, how many are looked at
     mask: torch.Tensor | None  # [R, 1, Q, K], true where a token may look; None: all of it
 
     def gather(self, cache: torch.Tensor, sequences: int) -> torch.Tensor:
         """The view's part of a cache, [R, g, K, d]."""
-        found = _in_blocks(cache).index_select(1, self.blocks)
+        found = _in_blocks(cache, self.block_size).index_select(1, self.blocks)
         return found.view(cache.shape[0], sequences, -1, cache.shape[2]).transpose(0, 1)[:, :, : self.keys]
 
 
@@ -96,6 +103,7 @@ class Group:
     tokens: torch.Tensor | None  # [R, Q] rows of the step's tokens; None: the whole step in order, Q = 1
     positions: torch.Tensor  # [R, Q]
     block_table: torch.Tensor  # [R, W]
+    block_size: int
     views: dict[int | None, View] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,15 +118,16 @@ class Group:
     def view(self, window: int | None) -> View:
         """What these tokens may see: a token at position p keys at (p - window, p]. Once per step and window."""
         if window not in self.views:
-            last = self.positions[:, -1] // BLOCK_SIZE
+            size = self.block_size
+            last = self.positions[:, -1] // size
             if window is None or self.longest <= window:
                 first = torch.zeros_like(last)
             else:
-                first = (self.positions[:, 0] - window + 1).clamp(min=0) // BLOCK_SIZE
+                first = (self.positions[:, 0] - window + 1).clamp(min=0) // size
             width = int((last - first).max()) + 1
             columns = torch.minimum(first[:, None] + torch.arange(width), last[:, None])
             blocks = self.block_table.gather(1, columns).reshape(-1)
-            keys = width * BLOCK_SIZE
+            keys = width * size
             if not bool(first.any()):
                 keys = min(keys, self.longest)
                 if (
@@ -126,18 +135,18 @@ class Group:
                     and self.shortest == self.longest
                     and (window is None or keys <= window)
                 ):
-                    self.views[window] = View(blocks, keys, None)
+                    self.views[window] = View(blocks, size, keys, None)
                     return self.views[window]
-            key = ((first * BLOCK_SIZE)[:, None] + torch.arange(keys))[:, None, None]
+            key = ((first * size)[:, None] + torch.arange(keys))[:, None, None]
             query = self.positions[:, None, :, None]
             mask = key <= query
             if window is not None:
                 mask &= key > query - window
-            self.views[window] = View(blocks, keys, mask)
+            self.views[window] = View(blocks, size, keys, mask)
         return self.views[window]
 
 
-def _group_rows(step: CheckedStep) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+def _group_rows(step: PackedStep) -> Iterator[tuple[int, list[tuple[int, int]]]]:
     """Divide a step into groups whose memory is bounded, whatever history their sequences claim.
 
     A long prompt is divided into runs of tokens; runs of equal length go together as long as they fit. Yields the
@@ -166,19 +175,22 @@ class RunningStep:
 
     current: "RunningStep | None" = None
 
-    def __init__(self, step: CheckedStep, cache: KVCache) -> None:
+    def __init__(self, step: PackedStep, cache: KVCache) -> None:
         self.cache = cache
         self.score_cap = step.score_cap
+        self.table_of = step.table_of
         self.slots = torch.from_numpy(step.slots)
         positions = torch.from_numpy(step.positions)
-        tables = torch.from_numpy(step.block_table)
-        self.groups = []
+        tables = torch.from_numpy(step.block_tables)
+        self.groups: list[list[Group]] = [[] for _ in tables]  # per block table
         for count, members in _group_rows(step):
             starts, rows = torch.tensor(members).unbind(1)
             tokens = starts[:, None] + torch.arange(count)
-            self.groups.append(Group(tokens, positions[tokens], tables[rows]))
-        if len(self.groups) == 1 and len(step.token_ids) == len(step.seq_lens):
-            self.groups[0].tokens = None
+            for groups, table in zip(self.groups, tables, strict=True):
+                groups.append(Group(tokens, positions[tokens], table[rows], step.block_size))
+        for groups in self.groups:
+            if len(groups) == 1 and len(step.token_ids) == len(step.seq_lens):
+                groups[0].tokens = None
 
 
 def paged_attention(
@@ -209,10 +221,11 @@ def paged_attention(
     step = RunningStep.current
     assert step is not None, "attention ran outside of a step"
     query, key, value = query[0], key[0], value[0]  # [heads, T, d]
-    keys, values = step.cache.write(cast(int, module.layer_idx), step.slots, key, value)
+    table = step.table_of(sliding_window)
+    keys, values = step.cache.write(cast(int, module.layer_idx), table, step.slots[table], key, value)
     softcap = softcap if step.score_cap else None
     output = torch.empty(query.shape[1], query.shape[0], value.shape[2], dtype=query.dtype)
-    for group in step.groups:
+    for group in step.groups[table]:
         sequences, new = group.positions.shape
         q = query.transpose(0, 1)[:, :, None] if group.tokens is None else query[:, group.tokens].transpose(0, 1)
         grouped = query.shape[0] != key.shape[0]
