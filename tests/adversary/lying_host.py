@@ -211,15 +211,15 @@ def honest_states(path: Path) -> torch.Tensor:
     client = _connect_honestly(path)
     try:
         client.open(blocks=10, block_size=BLOCK, step_tokens=STEP_TOKENS, sequences=SEQUENCES)
-        first = _states(client, StepInput(TEXTS[0][:30] + TEXTS[1], [30, 9], [30, 9], [[0, 1], [2]], [], True))
+        first = _states(client, StepInput(TEXTS[0][:30] + TEXTS[1], [0, 30, 39], [30, 9], np.array([[[0, 1], [2, 0]]])))
         rows: tuple[list, list, list] = ([first[:30]], [first[30:]], [])
         for done in range(30, 35):
             new, copies = (5, [(1, 5)]) if done == 30 else (1, [])
             # The fork holds 20 tokens of the first text: block 0 shared, block 1 copied to 5.
             held = 25 if done == 30 else done - 5
-            table = [[0, 1, 3], [0, 5]]
+            table = [[0, 1, 3], [0, 5, 0]]
             ids = [TEXTS[0][done], *TEXTS[2][held - new : held]]
-            out = _states(client, StepInput(ids, [1, new], [done + 1, held], table, copies, True))
+            out = _states(client, StepInput(ids, [0, 1, 1 + new], [done + 1, held], np.array([table]), copies))
             rows[0].append(out[:1])
             rows[2].append(out[1:])
         return torch.cat([*rows[0], *rows[1], *rows[2]])

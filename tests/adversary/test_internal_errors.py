@@ -123,7 +123,7 @@ def test_honest_client_is_told_in_one_sentence(enclave, monkeypatch):
         with pytest.raises(
             EnclaveError, match=r"^The enclave met an internal error \(RuntimeError at .*\)\.$"
         ) as caught:
-            client.step(StepInput(TEXTS[0][:5], [5], [5], [[0]], [], True), torch.empty(5, client.welcome.hidden_size))
+            client.step(StepInput(TEXTS[0][:5], [0, 5], [5], np.zeros((1, 1, 1))))
         assert caught.value.code == "internal"
     finally:
         client.close()

@@ -4,12 +4,14 @@ import os
 import socket
 import struct
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from pydantic import BaseModel
 
 from semiopen.errors import EnclaveError, ProtocolError
@@ -37,23 +39,23 @@ _GONE = "The enclave has stopped and its conversations are lost; load the model 
 
 @dataclass(frozen=True)
 class StepInput:
-    """One step. T tokens, S sequences; plain lists, as they are small.
+    """One step. T tokens, S sequences, G block tables per sequence, W block-table columns; all integers.
 
     Attributes:
         token_ids: [T] ids of all sequences, one after the other.
-        new_tokens: [S] how many of them each sequence has.
-        seq_lens: [S] tokens each sequence holds after the step.
-        block_tables: [S] KV blocks of each sequence.
-        copies: KV blocks to copy first, (from, to).
-        score_cap: whether this engine's attention caps its scores where the family does.
+        query_start: [S + 1] where each sequence's tokens begin; the last entry is T.
+        seq_lens: [S] tokens each sequence holds after this step.
+        block_tables: [G, S, W] KV blocks of each sequence; what lies past its length is ignored.
+        copies: [C, 2] KV blocks to copy before the step, from and to.
+        score_cap: whether attention caps its scores where the family does.
     """
 
-    token_ids: list[int]
-    new_tokens: list[int]
-    seq_lens: list[int]
-    block_tables: list[list[int]]
-    copies: list[tuple[int, int]]
-    score_cap: bool
+    token_ids: ArrayLike
+    query_start: ArrayLike
+    seq_lens: ArrayLike
+    block_tables: np.ndarray
+    copies: Sequence[tuple[int, int]] = ()
+    score_cap: bool = True
 
 
 class EnclaveClient:
@@ -118,23 +120,24 @@ class EnclaveClient:
             os.close(descriptor)
         self.layout = layout
 
-    def step(self, step: StepInput, out: torch.Tensor) -> None:
-        """Run one step; write hidden states to `out` [T, H].
+    def step(self, step: StepInput, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Run one step and return its hidden states [T, H].
+
+        They are copied to `out`; without one they are returned where they lie in shared memory, where the next step
+        of any thread overwrites them, and the caller may write as well.
 
         Raises:
             EnclaveError: the enclave refuses the step, or is gone.
         """
         arrays = self._arrays
         assert arrays is not None, "open a session first"
-        tokens, sequences = len(step.token_ids), len(step.seq_lens)
-        width = max(map(len, step.block_tables))
+        _, sequences, width = step.block_tables.shape
+        tokens = len(step.token_ids)  # type: ignore[arg-type] - has a length
         with self._lock:
             arrays.token_ids[:tokens] = step.token_ids
-            arrays.query_start[0] = 0
-            arrays.query_start[1 : sequences + 1] = np.cumsum(step.new_tokens)
+            arrays.query_start[: sequences + 1] = step.query_start
             arrays.seq_lens[:sequences] = step.seq_lens
-            for row, table in enumerate(step.block_tables):
-                arrays.block_tables[0, row, : len(table)] = table
+            arrays.block_tables[:, :sequences, :width] = step.block_tables
             if step.copies:
                 arrays.copies[: len(step.copies)] = step.copies
             request = Step(
@@ -145,7 +148,8 @@ class EnclaveClient:
                 score_cap=step.score_cap,
             )
             self._exchange(request, Stepped)
-            out.copy_(arrays.hidden[:tokens])  # under the lock: the next step of any thread overwrites it
+            hidden = arrays.hidden[:tokens]
+            return hidden if out is None else out.copy_(hidden)
 
     def status(self) -> StatusIs:
         """The enclave's counters."""

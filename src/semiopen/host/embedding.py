@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -112,15 +113,19 @@ class EnclaveSession:
         copies: list[tuple[int, int]] = []
         for row, ids in pieces:
             copies += rows.grow(row, len(ids))
+        tables = np.zeros((1, len(pieces), max(len(rows.tables[row]) for row, _ in pieces)), dtype=np.int32)
+        for table, (row, _) in zip(tables[0], pieces, strict=True):
+            table[: len(rows.tables[row])] = rows.tables[row]
+        token_ids = [token for _, ids in pieces for token in ids]
         step = StepInput(
-            token_ids=[token for _, ids in pieces for token in ids],
-            new_tokens=[len(ids) for _, ids in pieces],
+            token_ids=token_ids,
+            query_start=np.cumsum([0, *(len(ids) for _, ids in pieces)]),
             seq_lens=[rows.lengths[row] + len(ids) for row, ids in pieces],
-            block_tables=[rows.tables[row] for row, _ in pieces],
+            block_tables=tables,
             copies=copies,
             score_cap=self.score_cap,
         )
-        end = done + len(step.token_ids)
+        end = done + len(token_ids)
         self.client.step(step, packed[done:end])
         for row, ids in pieces:
             rows.added(row, len(ids))
