@@ -17,6 +17,7 @@ from semiopen.host.client import EnclaveClient
 from semiopen.host.embedding import EnclaveSession
 from semiopen.host.modeling import SemiopenModel, host_class
 from semiopen.model.split import causal_lm_class
+from semiopen.protocol.messages import Welcome
 
 
 def build(folder: Path, dtype: torch.dtype | str | None, kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -68,7 +69,7 @@ def attach(
         EnclaveError: the enclave holds another bundle, computes in another dtype, or has no room.
     """
     try:
-        _check_match(client, verified, model)
+        check_match(client.welcome, verified, str(model.dtype).removeprefix("torch."))
         session = EnclaveSession(client, kv_tokens)
     except BaseException:
         close()
@@ -76,12 +77,13 @@ def attach(
     cast(SemiopenModel, model).enclave.attach(session, weakref.finalize(model, close))
 
 
-def _check_match(client: EnclaveClient, verified: VerifiedBundle, model: PreTrainedModel) -> None:
-    welcome = client.welcome
+def check_match(welcome: Welcome, verified: VerifiedBundle, dtype: str) -> None:
+    """Check that an enclave holds this bundle and computes in the host's dtype.
+
+    Raises:
+        EnclaveError: it does not.
+    """
     if welcome.bundle_digest != verified.digest:
         raise EnclaveError("The enclave holds another bundle; start one with this bundle.")
-    wanted = str(model.dtype).removeprefix("torch.")
-    if welcome.dtype != wanted:
-        raise EnclaveError(
-            f"The enclave computes in {welcome.dtype}, this model in {wanted}; give both the same dtype."
-        )
+    if welcome.dtype != dtype:
+        raise EnclaveError(f"The enclave computes in {welcome.dtype}, this model in {dtype}; give both the same dtype.")

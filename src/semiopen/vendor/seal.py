@@ -155,7 +155,7 @@ def bundle_config(split: Split) -> bytes:
     """
     config = {
         "model_type": "semiopen",
-        "architectures": ["SemiopenForCausalLM"],
+        "architectures": [f"Semiopen{split.architecture}"],  # by which vLLM finds its class
         "dtype": split.host_config.to_dict().get("dtype"),
         "text_config": split.host_config.to_dict(),
         "prefix_config": split.prefix_config.to_dict(),

@@ -1,0 +1,80 @@
+"""vLLM's own class of each family, with the enclave in place of the token embedding. Classes are made on demand.
+
+Only the model inside the `ForCausalLM` class is compiled or captured in graphs, so the enclave's call, which comes
+before it, stays outside.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm import ModelRegistry
+from vllm.config import VllmConfig
+
+from semiopen.errors import UnsupportedCallError
+from semiopen.host.vllm_plugin.sealed_prefix import SealedPrefix
+from semiopen.model.families import FAMILIES
+
+_MARK = "Semiopen"
+
+
+class SealedEmbedding(nn.Module):
+    """Stands where the token embedding was, so that nothing can be looked up there by accident."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Refuse."""
+        raise UnsupportedCallError("The token embedding is sealed; run the whole model instead.")
+
+
+class NoPositions(nn.Module):
+    """Stands where a learned position embedding was: the enclave has added it already."""
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return zeros that broadcast over [T, H]; of bool, so that the sum keeps the states' dtype."""
+        return torch.zeros(*positions.shape, 1, dtype=torch.bool, device=positions.device)
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    if not name.startswith(_MARK):
+        raise AttributeError(name)
+    found = _class_of(name.removeprefix(_MARK))
+    globals()[name] = found
+    return found
+
+
+def _class_of(architecture: str) -> type[nn.Module]:
+    """The host's version of the class that vLLM has for an architecture of transformers."""
+    base: Any = ModelRegistry.models[architecture].load_model_cls()
+
+    class Semiopen(base):
+        """A model of the family with the open blocks; hidden states come from the enclave."""
+
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+            config = vllm_config.model_config.hf_config.text_config
+            super().__init__(vllm_config=vllm_config.with_hf_config(config, [architecture]), prefix=prefix)
+            family = FAMILIES[config.model_type]
+            decoder = _decoder(self, family.layers)
+            setattr(decoder, family.embedding, SealedEmbedding())
+            if family.positions:
+                setattr(decoder, family.positions, NoPositions())
+            self.sealed_prefix = SealedPrefix(vllm_config)
+
+        def forward(
+            self,
+            input_ids: torch.Tensor,
+            positions: torch.Tensor,
+            intermediate_tensors: None = None,
+            inputs_embeds: None = None,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            """Run one step of vLLM's: T token ids in, hidden states [T, H] before the output projection out."""
+            states = self.sealed_prefix.states(input_ids)
+            return super().forward(None, positions, None, states, **kwargs)
+
+    Semiopen.__name__ = Semiopen.__qualname__ = f"{_MARK}{architecture}"
+    return Semiopen
+
+
+def _decoder(model: nn.Module, layers: str) -> nn.Module:
+    """The module inside `model` that has the list of blocks."""
+    return next(module for module in model.modules() if isinstance(getattr(module, layers, None), nn.ModuleList))

@@ -1,0 +1,103 @@
+"""The sealed prefix as vLLM's model sees it: a step's token ids in, states after the sealed blocks out.
+
+The enclave's KV cache mirrors vLLM's: the scheduler's own block tables go with each step, so prefix caching, chunked
+prefill, preemption and aborts need nothing further. vLLM keeps a block table per kind of attention, as it frees
+blocks that leave a sliding window; each window of the sealed blocks borrows the table of an open block that has it.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+
+from semiopen.errors import EnclaveError, UnsupportedModelError
+from semiopen.host.client import EnclaveClient, StepInput
+from semiopen.model.packed_step import WHOLE, slots_of
+
+
+class SealedPrefix:
+    """Connection of one vLLM worker to its enclave."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self._config = vllm_config
+        scheduler = vllm_config.scheduler_config
+        self._step_tokens = scheduler.max_num_batched_tokens
+        self._sequences = scheduler.max_num_seqs
+        hidden_size = vllm_config.model_config.get_hidden_size()
+        # One buffer for good: graphs replay from fixed addresses.
+        self._states = torch.zeros(self._step_tokens, hidden_size)
+        self._client: EnclaveClient | None = None
+        self._layers: list[str] = []  # of each window of the enclave, the open attention layer whose table it uses
+
+    def attach(self, client: EnclaveClient) -> None:
+        """Use this enclave from now on."""
+        self._client = client
+
+    def states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """States [T, H] of a step's tokens [T], padding included.
+
+        Raises:
+            EnclaveError: the enclave is gone or refuses.
+        """
+        count = input_ids.shape[0]
+        metadata: Any = get_forward_context().attn_metadata
+        if not metadata:  # a profiling run: no KV cache yet, and no one reads the result
+            return self._states[:count]
+        client = self._client
+        if client is None:
+            raise EnclaveError("This model has no enclave; load the bundle with vLLM's own loader.", "gone")
+        if not self._layers:
+            self._open(client, metadata)
+        first = metadata[self._layers[0]]
+        tokens = first.num_actual_tokens
+        width = -(-int(first.max_seq_len) // self._config.cache_config.block_size)
+        sequences = first.seq_lens.shape[0]
+        step = StepInput(
+            token_ids=_numpy(input_ids[:tokens]),
+            query_start=_numpy(first.query_start_loc[: sequences + 1]),
+            seq_lens=_numpy(first.seq_lens),
+            block_tables=np.stack([_numpy(metadata[name].block_table[:, :width]) for name in self._layers]),
+        )
+        client.step(step, self._states[:tokens])
+        return self._states[:count]
+
+    def _open(self, client: EnclaveClient, metadata: dict[str, Any]) -> None:
+        """Open a session as large as vLLM's KV cache, which has its size only now."""
+        cache = self._config.cache_config
+        layers = self._config.compilation_config.static_forward_context
+        self._layers = [_layer_with(layers, metadata, window) for window in client.welcome.windows or [WHOLE]]
+        blocks, size = cache.num_gpu_blocks, cache.block_size
+        if not blocks:
+            raise UnsupportedModelError("vLLM does not say how large its KV cache is; use vLLM 0.32.")
+        _check_slots(metadata[self._layers[0]], size)
+        client.open(blocks, size, self._step_tokens, self._sequences, by_window=bool(client.welcome.windows))
+
+
+def _layer_with(layers: dict[str, Any], metadata: dict[str, Any], window: int) -> str:
+    """Name of an open attention layer whose block table keeps what a block with this attention window reads."""
+    windows = {name: getattr(layers[name], "sliding_window", None) or WHOLE for name in metadata}
+    for fitting in (window, WHOLE):
+        for name, has in windows.items():
+            if has == fitting:
+                return name
+    raise UnsupportedModelError(
+        f"The sealed blocks have attention window {window}, and no open block keeps that many tokens; seal fewer blocks."
+    )
+
+
+def _check_slots(metadata: Any, block_size: int) -> None:
+    """Refuse a KV cache whose block tables do not lead to the slots that we derive from them."""
+    query_start, seq_lens = _numpy(metadata.query_start_loc), _numpy(metadata.seq_lens)
+    tables = _numpy(metadata.block_table)[None]
+    _, slots = slots_of(tables, query_start[: len(seq_lens) + 1], seq_lens, block_size)
+    if not np.array_equal(slots[0], _numpy(metadata.slot_mapping)[: slots.shape[1]]):
+        raise UnsupportedModelError(
+            "vLLM divides its KV blocks for this attention backend in a way that the enclave does not follow; choose "
+            "another --block-size or --attention-backend."
+        )
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()

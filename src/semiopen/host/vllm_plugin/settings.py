@@ -1,0 +1,56 @@
+"""What of vLLM's settings a bundle needs, and what would silently break it."""
+
+from collections.abc import Iterator
+
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from semiopen.errors import UnsupportedCallError
+from semiopen.host.vllm_plugin import LOAD_FORMAT
+
+
+class BundleSettings(VerifyAndUpdateConfig):
+    """Called by vLLM while it completes its settings for a bundle."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Choose the bundle's loader and graphs that leave the enclave's call out.
+
+        Raises:
+            UnsupportedCallError: a setting under which the enclave's KV cache would not follow vLLM's.
+        """
+        for why in _refusals(vllm_config):
+            raise UnsupportedCallError(f"A bundle cannot run with {why}.")
+        load = vllm_config.load_config
+        if load.load_format not in ("auto", "hf", "safetensors", LOAD_FORMAT):
+            raise UnsupportedCallError(
+                f"A bundle cannot be loaded with load format {load.load_format!r}; leave --load-format out."
+            )
+        load.load_format = LOAD_FORMAT
+        if vllm_config.model_config.hf_text_config.num_hidden_layers == 0:
+            raise UnsupportedCallError(
+                "Every block of this bundle is sealed, so vLLM has no KV cache to follow; seal fewer blocks, or "
+                "use the transformers engine."
+            )
+        # A full graph would capture the call of the enclave along with the model, once, and replay nothing of it.
+        compilation = vllm_config.compilation_config
+        if compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_full_cudagraphs():
+            piecewise = compilation.cudagraph_mode.has_piecewise_cudagraphs()
+            compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
+
+
+def _refusals(config: VllmConfig) -> Iterator[str]:
+    if config.parallel_config.tensor_parallel_size > 1:
+        yield "tensor parallelism yet; use --tensor-parallel-size 1"
+    if config.parallel_config.pipeline_parallel_size > 1:
+        yield "pipeline parallelism yet; use --pipeline-parallel-size 1"
+    if config.parallel_config.enable_dbo:
+        yield "dual batch overlap yet; leave --enable-dbo out"
+    if config.kv_transfer_config is not None:
+        yield "a KV connector, which moves KV blocks that the enclave does not see"
+    if config.speculative_config is not None:
+        yield "speculative decoding yet; leave --speculative-config out"
+    if config.model_config.enable_prompt_embeds:
+        yield "prompt embeddings: the embedding is sealed"
+    if config.model_config.runner_type != "generate":
+        yield f"the {config.model_config.runner_type} runner; it generates text only"
