@@ -1,5 +1,6 @@
 """Small random models of every family, made so that equality of tokens means something."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -96,8 +97,21 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def save_random_model(name: str, folder: Path, seed: int = 0) -> PreTrainedModel:
-    """Save a random model of one family to `folder` and return it."""
-    model = random_model(FAMILIES[name], seed)
+def save_random_model(
+    name: str, folder: Path, seed: int = 0, config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
+    """Save a random model of one family to `folder` and return it; its config is the family's unless given."""
+    model = random_model(config or FAMILIES[name], seed)
     model.save_pretrained(folder)
     return model
+
+
+def with_heads_of_32(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same config with attention heads as large as vLLM's CPU kernels need them."""
+    wide = copy.deepcopy(config)
+    wide.hidden_size, wide.num_attention_heads = (128, 4) if config.model_type == "gpt_neox" else (64, 2)
+    if hasattr(wide, "num_key_value_heads"):
+        wide.num_key_value_heads = 1
+    if hasattr(wide, "head_dim"):
+        wide.head_dim = 32
+    return wide

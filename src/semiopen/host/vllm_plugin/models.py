@@ -4,6 +4,7 @@ Only the model inside the `ForCausalLM` class is compiled or captured in graphs,
 before it, stays outside.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -54,7 +55,10 @@ def _class_of(architecture: str) -> type[nn.Module]:
             super().__init__(vllm_config=vllm_config.with_hf_config(config, [architecture]), prefix=prefix)
             family = FAMILIES[config.model_type]
             decoder = _decoder(self, family.layers)
-            setattr(decoder, family.embedding, SealedEmbedding())
+            # A class without a head of its own (Gemma 2) projects with its embedding, which holds the head then.
+            self.embedding_is_head = not hasattr(self, "lm_head")
+            if not self.embedding_is_head:
+                setattr(decoder, family.embedding, SealedEmbedding())
             if family.positions:
                 setattr(decoder, family.positions, NoPositions())
             self.sealed_prefix = SealedPrefix(vllm_config)
@@ -70,6 +74,13 @@ def _class_of(architecture: str) -> type[nn.Module]:
             """Run one step of vLLM's: T token ids in, hidden states [T, H] before the output projection out."""
             states = self.sealed_prefix.states(input_ids)
             return super().forward(None, positions, None, states, **kwargs)
+
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            """Load the bundle's open tensors; returns the names of the parameters that got one."""
+            if self.embedding_is_head:
+                head = f"model.{FAMILIES[self.config.model_type].embedding}.weight"
+                weights = ((head if name == "lm_head.weight" else name, tensor) for name, tensor in weights)
+            return super().load_weights(weights)
 
     Semiopen.__name__ = Semiopen.__qualname__ = f"{_MARK}{architecture}"
     return Semiopen

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
 
 from semiopen.errors import EnclaveError, UnsupportedModelError
 from semiopen.host.client import EnclaveClient, StepInput
@@ -29,10 +30,23 @@ class SealedPrefix:
         # One buffer for good: graphs replay from fixed addresses.
         self._states = torch.zeros(self._step_tokens, hidden_size)
         self._client: EnclaveClient | None = None
-        self._layers: list[str] = []  # of each window of the enclave, the open attention layer whose table it uses
+        self._opened = False
+        # Of each window of the enclave, the open attention layer whose table it uses; with no sealed block any.
+        self._layers: list[str] = []
 
     def attach(self, client: EnclaveClient) -> None:
-        """Use this enclave from now on."""
+        """Use this enclave from now on.
+
+        Raises:
+            UnsupportedModelError: vLLM keeps no block table that fits the sealed blocks.
+        """
+        layers = self._config.compilation_config.static_forward_context
+        windows = {
+            name: layer.sliding_window or WHOLE for name, layer in layers.items() if isinstance(layer, Attention)
+        }
+        self._layers = [
+            _layer_with(windows, window) for window in client.welcome.windows or [next(iter(windows.values()))]
+        ]
         self._client = client
 
     def states(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -48,7 +62,7 @@ class SealedPrefix:
         client = self._client
         if client is None:
             raise EnclaveError("This model has no enclave; load the bundle with vLLM's own loader.", "gone")
-        if not self._layers:
+        if not self._opened:
             self._open(client, metadata)
         first = metadata[self._layers[0]]
         tokens = first.num_actual_tokens
@@ -58,7 +72,9 @@ class SealedPrefix:
             token_ids=_numpy(input_ids[:tokens]),
             query_start=_numpy(first.query_start_loc[: sequences + 1]),
             seq_lens=_numpy(first.seq_lens),
-            block_tables=np.stack([_numpy(metadata[name].block_table[:, :width]) for name in self._layers]),
+            block_tables=np.stack([_numpy(metadata[name].block_table[:, :width]) for name in self._layers])[
+                : self._tables
+            ],
         )
         client.step(step, self._states[:tokens])
         return self._states[:count]
@@ -66,24 +82,24 @@ class SealedPrefix:
     def _open(self, client: EnclaveClient, metadata: dict[str, Any]) -> None:
         """Open a session as large as vLLM's KV cache, which has its size only now."""
         cache = self._config.cache_config
-        layers = self._config.compilation_config.static_forward_context
-        self._layers = [_layer_with(layers, metadata, window) for window in client.welcome.windows or [WHOLE]]
         blocks, size = cache.num_gpu_blocks, cache.block_size
         if not blocks:
             raise UnsupportedModelError("vLLM does not say how large its KV cache is; use vLLM 0.32.")
         _check_slots(metadata[self._layers[0]], size)
-        client.open(blocks, size, self._step_tokens, self._sequences, by_window=bool(client.welcome.windows))
+        client.open(blocks, size, self._step_tokens, self._sequences, by_window=True)
+        self._tables = len(client.welcome.windows)
+        self._opened = True
 
 
-def _layer_with(layers: dict[str, Any], metadata: dict[str, Any], window: int) -> str:
+def _layer_with(windows: dict[str, int], window: int) -> str:
     """Name of an open attention layer whose block table keeps what a block with this attention window reads."""
-    windows = {name: getattr(layers[name], "sliding_window", None) or WHOLE for name in metadata}
     for fitting in (window, WHOLE):
         for name, has in windows.items():
             if has == fitting:
                 return name
     raise UnsupportedModelError(
-        f"The sealed blocks have attention window {window}, and no open block keeps that many tokens; seal fewer blocks."
+        f"The sealed blocks have attention window {window} (0: all tokens), and no open block keeps that many tokens; "
+        "seal fewer blocks, or use the transformers engine."
     )
 
 
