@@ -85,6 +85,10 @@ def _run_prefix(
     """Forward pre-hook: replace `input_ids` by states from the enclave."""
     call = signature.bind(*args, **kwargs).arguments
     call.update(call.pop("kwargs", {}))
+    states = call.pop("enclave_states", None)
+    if states is not None:  # from an engine that has its own session and cache, and has run the prefix itself
+        call["inputs_embeds"] = states
+        return (), call
     input_ids = call.pop("input_ids", None)
     if input_ids is None or call.get("inputs_embeds") is not None:
         raise UnsupportedCallError("The embedding is sealed: pass input_ids, not inputs_embeds.")

@@ -1,0 +1,197 @@
+"""Choosing tokens: greedy where asked, else by each request's own random numbers; and reporting probabilities.
+
+The order is vLLM's: bias, penalties, temperature, min_p, top_k, top_p. Log probabilities are those of the model, before
+any of it. What a request draws depends on its seed, its logits and nothing else in the batch.
+
+Legend: N rows (requests) of a step, V vocabulary, K candidates.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from semiopen.host.serving.engine import RequestRefused, Sampling, TokenLogprob
+
+_CANDIDATES = 1024  # likeliest tokens that are looked at before all of a large vocabulary is sorted
+_ROWS = 64  # rows of log probabilities computed at once: 40 MiB at 150,000 tokens
+
+
+def check_sampling(sampling: Sampling, vocab_size: int) -> None:
+    """Refuse settings that no token could be chosen with.
+
+    Raises:
+        RequestRefused: a number out of range.
+    """
+    ranges = {
+        "max_tokens": (sampling.max_tokens, 0, math.inf),
+        "temperature": (sampling.temperature, 0, math.inf),
+        "top_p": (sampling.top_p, 0, 1),
+        "min_p": (sampling.min_p, 0, 1),
+        "presence_penalty": (sampling.presence_penalty, -math.inf, math.inf),
+        "frequency_penalty": (sampling.frequency_penalty, -math.inf, math.inf),
+        "logprobs": (sampling.logprobs or 0, 0, math.inf),
+        "prompt_logprobs": (sampling.prompt_logprobs or 0, 0, math.inf),
+    }
+    for name, (value, low, high) in ranges.items():
+        if not (math.isfinite(value) and low <= value <= high):
+            raise RequestRefused(f"{name} is out of range; give a number from {low} to {high}.")
+    if not (math.isfinite(sampling.repetition_penalty) and sampling.repetition_penalty > 0):
+        raise RequestRefused("repetition_penalty is out of range; give a number above 0.")
+    if not all(0 <= token < vocab_size for token in sampling.logit_bias):
+        raise RequestRefused(f"logit_bias names a token outside the vocabulary of {vocab_size}; leave it out.")
+    if any(math.isnan(bias) or bias == math.inf for bias in sampling.logit_bias.values()):
+        raise RequestRefused("logit_bias holds a value that is no number; give numbers from -100 to 100.")
+
+
+class Sampler:
+    """What choosing one request's tokens needs to remember."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        self.sampling = sampling
+        self.greedy = sampling.temperature == 0
+        self._random = random.Random(sampling.seed)  # noqa: S311 - texts, not keys
+        self._bias = _pairs(sampling.logit_bias) if sampling.logit_bias else None
+        self._penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
+        self._repetition = sampling.repetition_penalty != 1
+        self._counts: Counter[int] = Counter()
+        self._seen = dict.fromkeys(prompt) if self._repetition else {}
+        self.edits = bool(self._bias or self._penalised or self._repetition)
+
+    def draw(self) -> float:
+        """The request's next random number, in [0, 1)."""
+        return self._random.random()
+
+    def edit(self, logits: torch.Tensor) -> None:
+        """Apply bias and penalties to the request's logits [V], in place."""
+        if self._bias is not None:
+            tokens, values = self._bias
+            logits[tokens.to(logits.device)] += values.to(logits.device)
+        if self._repetition:
+            tokens = torch.tensor(list(self._seen), device=logits.device)
+            found, penalty = logits[tokens], self.sampling.repetition_penalty
+            logits[tokens] = torch.where(found > 0, found / penalty, found * penalty)
+        if self._penalised and self._counts:
+            tokens, counts = (values.to(logits.device) for values in _pairs(self._counts))
+            logits[tokens] -= self.sampling.presence_penalty + self.sampling.frequency_penalty * counts
+
+    def took(self, token: int) -> None:
+        """Note a token that the request got."""
+        if self._penalised:
+            self._counts[token] += 1
+        if self._repetition:
+            self._seen[token] = None
+
+
+def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Choose the next token of each request.
+
+    Args:
+        logits: [N, V] fp32; not changed.
+        samplers: N; the caller tells each afterwards what it took.
+    """
+    if any(sampler.edits for sampler in samplers):
+        logits = logits.clone()
+        for row, sampler in zip(logits, samplers, strict=True):
+            if sampler.edits:
+                sampler.edit(row)
+    if all(sampler.greedy for sampler in samplers):
+        return logits.argmax(dim=-1).tolist()
+    tokens = logits.argmax(dim=-1)
+    whole = [i for i, sampler in enumerate(samplers) if not sampler.greedy and not _is_cut(sampler.sampling)]
+    cut = [i for i, sampler in enumerate(samplers) if not sampler.greedy and _is_cut(sampler.sampling)]
+    for rows, draw in ((whole, _draw_from_all), (cut, _draw_from_likeliest)):
+        if rows:
+            chosen = [samplers[row] for row in rows]
+            temperatures = _column([sampler.sampling.temperature for sampler in chosen], logits.device)
+            scaled = logits[rows]
+            scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / temperatures.float()  # at most 0: nothing overflows
+            numbers = torch.tensor([sampler.draw() for sampler in chosen], dtype=torch.float64, device=logits.device)
+            tokens[rows] = draw(scaled.softmax(dim=-1), [sampler.sampling for sampler in chosen], numbers)
+    return tokens.tolist()
+
+
+def logprobs_of(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
+    """Log probabilities of tokens, and of the likeliest at their places.
+
+    Args:
+        logits: [N, V] fp32, of the model itself.
+        tokens: N tokens that stand there.
+        counts: how many of the likeliest to report, per row.
+    """
+    result: list[TokenLogprob] = []
+    for begin in range(0, len(tokens), _ROWS):
+        part = logits[begin : begin + _ROWS].log_softmax(dim=-1)
+        places, wanted = tokens[begin : begin + _ROWS], counts[begin : begin + _ROWS]
+        own = part.gather(1, torch.tensor(places, device=part.device)[:, None])[:, 0].tolist()
+        best = part.topk(min(max(wanted), part.shape[1]), dim=-1)
+        for logprob, values, ids, count in zip(own, best.values.tolist(), best.indices.tolist(), wanted, strict=True):
+            result.append(TokenLogprob(logprob, tuple(zip(ids, values, strict=True))[:count]))
+    return result
+
+
+def _is_cut(sampling: Sampling) -> bool:
+    return sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+
+
+def _draw_from_all(probabilities: torch.Tensor, settings: Sequence[Sampling], numbers: torch.Tensor) -> torch.Tensor:
+    return _pick(probabilities, numbers)
+
+
+def _draw_from_likeliest(
+    probabilities: torch.Tensor, settings: Sequence[Sampling], numbers: torch.Tensor
+) -> torch.Tensor:
+    """Draw tokens [N] from what min_p, top_k and top_p leave of the probabilities [N, V]."""
+    min_p = _column([sampling.min_p for sampling in settings], probabilities.device)
+    top_k = torch.tensor([sampling.top_k for sampling in settings], device=probabilities.device)[:, None]
+    top_p = _column([sampling.top_p for sampling in settings], probabilities.device)
+    vocab = probabilities.shape[1]
+    kept, ids = probabilities.topk(min(vocab, _CANDIDATES), dim=-1)
+    if kept.shape[1] < vocab:
+        # Where the candidates do not hold all that is left, sort the whole row. Each row is decided by itself.
+        enough = ((top_k > 0) & (top_k <= kept.shape[1])) | (kept[:, -1:] < min_p * kept[:, :1])
+        enough |= (top_k <= 0) & (min_p == 0) & (kept.double().sum(dim=-1, keepdim=True) >= top_p)
+        if not bool(enough.all()):
+            short = (~enough[:, 0]).nonzero()[:, 0]
+            tokens = torch.empty(len(ids), dtype=ids.dtype, device=ids.device)
+            sorted_part, sorted_ids = probabilities[short].sort(dim=-1, descending=True, stable=True)
+            picked = _pick(_cut(sorted_part, min_p[short], top_k[short], top_p[short]), numbers[short])
+            tokens[short] = sorted_ids.gather(1, picked[:, None])[:, 0]
+            rest = enough[:, 0].nonzero()[:, 0]
+            picked = _pick(_cut(kept[rest], min_p[rest], top_k[rest], top_p[rest]), numbers[rest])
+            tokens[rest] = ids[rest].gather(1, picked[:, None])[:, 0]
+            return tokens
+    picked = _pick(_cut(kept, min_p, top_k, top_p), numbers)
+    return ids.gather(1, picked[:, None])[:, 0]
+
+
+def _cut(kept: torch.Tensor, min_p: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Set to zero what is not to be drawn of probabilities [N, K] in falling order; settings are [N, 1].
+
+    top_p counts what min_p and top_k have left. The likeliest token always stays.
+    """
+    place = torch.arange(kept.shape[1], device=kept.device)
+    kept = kept.double()
+    kept = kept * ((kept >= min_p * kept[:, :1]) & ((top_k <= 0) | (place < top_k)))
+    restricted = (min_p > 0) | (top_k > 0)
+    total = torch.where(restricted, kept.sum(dim=-1, keepdim=True), torch.ones_like(min_p))
+    before = kept.cumsum(dim=-1) - kept
+    return kept * ((before < top_p * total) | (place == 0))
+
+
+def _pick(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Indices [N], drawn from weights [N, K] by numbers [N] in [0, 1)."""
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    total = sums[:, -1]
+    below = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))  # never a weight of zero
+    return torch.searchsorted(sums, below[:, None], right=True)[:, 0].clamp(max=weights.shape[1] - 1)
+
+
+def _pairs(values: Mapping[int, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(list(values)), torch.tensor(list(values.values()), dtype=torch.float32)
+
+
+def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
