@@ -55,7 +55,7 @@ def trusted_state(enclave: InProcessEnclave) -> list[np.ndarray]:
     """A copy of all that a step may change inside: the ledger, and each layer's keys and values."""
     session = session_of(enclave)
     caches = [cache for layer in session.cache._layers.values() for cache in layer]
-    return [session.ledger._next.copy(), *(cache.numpy().copy() for cache in caches)]
+    return [session.ledger._next.copy(), session.ledger._reach.copy(), *(cache.numpy().copy() for cache in caches)]
 
 
 def assert_same(before: list[np.ndarray], after: list[np.ndarray]) -> None:

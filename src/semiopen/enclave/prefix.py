@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from semiopen.enclave.kernels import speed_up
 from semiopen.enclave.trusted_state import CheckedStep
 from semiopen.errors import BundleError
 from semiopen.model import paged_attention
@@ -17,11 +18,12 @@ class Prefix:
     """Embedding and blocks [0, n) of one model, in one dtype, run a step at a time."""
 
     def __init__(self, config: PreTrainedConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-        """Build the modules around `tensors`, which keep their memory where the dtype already fits.
+        """Build the modules around `tensors`.
 
         Args:
             config: the prefix's own config, with n blocks.
-            tensors: checkpoint tensors of the prefix under their checkpoint names.
+            tensors: checkpoint tensors of the prefix under their checkpoint names; emptied, so that the memory of
+                each goes as soon as it has been laid out anew.
             dtype: dtype to compute in and to return states in.
 
         Raises:
@@ -49,6 +51,9 @@ class Prefix:
             raise BundleError("The sealed tensors do not fit config.json; seal the model again.")
         setattr(self.model, family.norm, torch.nn.Identity())  # the final norm belongs to the head
         self.model.eval().requires_grad_(False)
+        tensors.clear()
+        with torch.inference_mode():
+            speed_up(self.model, dtype)
 
     def run(self, step: CheckedStep, cache: KVCache) -> torch.Tensor:
         """Run one checked step; return hidden states [T, H] in `dtype`.

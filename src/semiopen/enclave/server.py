@@ -27,7 +27,7 @@ from semiopen.enclave.trusted_state import (
     check_step,
 )
 from semiopen.errors import ProtocolError
-from semiopen.model.paged_attention import KVCache
+from semiopen.model.paged_attention import KVCache, NoCacheMemory
 from semiopen.protocol.channel import Layout, SharedArrays, create_shared_memory
 from semiopen.protocol.framing import FrameDecoder, encode_frame
 from semiopen.protocol.messages import (
@@ -101,20 +101,20 @@ class Server:
     def rehearse(self) -> None:
         """Serve one client of our own, so that all that Python and torch load on first use is loaded now.
 
-        Afterwards the enclave gives up opening files, so a first use later would fail. Both a prompt and a single
-        token are run, and each kind of refusal is provoked once.
+        Afterwards the enclave gives up opening files, so a first use later would fail. A prompt, a later piece of it
+        and a single token are run, and each kind of refusal is provoked once.
         """
         client = Client(cast(socket.socket, _Discard()))
         self._clients.add(client)
-        self._answer(client, dump(Open(blocks=1, block_size=16, by_window=True, step_tokens=2, sequences=1)))
+        self._answer(client, dump(Open(blocks=2, block_size=16, by_window=True, step_tokens=9, sequences=1)))
         session = client.session
         assert session is not None, "no session for the rehearsal"
-        for held, new in ((2, 2), (3, 1)):
+        for held, new in ((9, 9), (18, 9), (19, 1)):
             session.arrays.query_start[:2] = (0, new)
             session.arrays.seq_lens[0] = held
-            session.arrays.block_tables[:, 0, 0] = 0
+            session.arrays.block_tables[:, 0, :2] = (0, 1)
             session.arrays.copies[0] = (0, 0)
-            self._answer(client, dump(Step(tokens=new, sequences=1, width=1, copies=1, score_cap=True)))
+            self._answer(client, dump(Step(tokens=new, sequences=1, width=2, copies=1, score_cap=True)))
         for payload in (
             dump(Hello()),
             dump(Status()),
@@ -123,7 +123,7 @@ class Server:
         ):
             self._answer(client, payload)
         self._clients.discard(client)
-        if self._counters.steps != 2:
+        if self._counters.steps != 3:
             raise RuntimeError("the prefix cannot run a step")
         self._counters = Counters()
 
@@ -249,12 +249,15 @@ class Server:
             hidden_size=self._prefix.hidden_size,
             dtype=self._prefix.dtype,
         )
-        descriptor = create_shared_memory(layout)
-        descriptors.append(descriptor)
+        try:
+            descriptors.append(create_shared_memory(layout))
+            arrays = SharedArrays(descriptors[0], layout)
+        except OSError:
+            raise Refused("limit", "This machine has no memory for the session's arrays; ask for less.") from None
         client.session = Session(
             request.blocks,
             layout,
-            SharedArrays(descriptor, layout),
+            arrays,
             KVCache(request.blocks, request.block_size),
             SlotLedger(request.blocks, request.block_size, layout.tables),
         )
@@ -270,6 +273,10 @@ class Server:
         try:
             with torch.inference_mode():
                 session.arrays.hidden[: request.tokens] = self._prefix.run(step, session.cache)
+        except NoCacheMemory:
+            session.ledger.forget(step)
+            text = "This machine has no memory for the session's KV cache; open a session with fewer blocks."
+            raise Refused("limit", text) from None
         except BaseException:
             session.ledger.forget(step)
             raise

@@ -166,7 +166,7 @@ class EnclaveClient:
     def _exchange(self, request: BaseModel, expected: type[ReplyT]) -> ReplyT:
         try:
             self._socket.sendall(encode_frame(dump(request)))
-            payload = self._receive()
+            payload = self._receive(descriptor=expected is Opened)
         except OSError:
             raise EnclaveError(_GONE, "gone") from None
         reply = parse(REPLY, payload)
@@ -176,10 +176,13 @@ class EnclaveClient:
             raise ProtocolError(f"The enclave answered {type(request).__name__} with {type(reply).__name__}.")
         return reply
 
-    def _receive(self) -> bytes:
+    def _receive(self, descriptor: bool) -> bytes:
         while True:
-            data, descriptors, _, _ = socket.recv_fds(self._socket, 65536, 1)
-            self._descriptors += descriptors
+            if descriptor:
+                data, descriptors, _, _ = socket.recv_fds(self._socket, 65536, 1)
+                self._descriptors += descriptors
+            else:
+                data = self._socket.recv(65536)
             if not data:
                 raise ConnectionResetError
             for payload in self._decoder.feed(data):

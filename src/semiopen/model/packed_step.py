@@ -49,6 +49,10 @@ def slots_of(
     block_tables: np.ndarray, query_start: np.ndarray, seq_lens: np.ndarray, block_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions [T] and KV slots [G, T] of a step's tokens; arguments as in `PackedStep`."""
+    if query_start[-1] == len(seq_lens):  # one token each, as in nearly all steps
+        positions = seq_lens - 1
+        column, place = np.divmod(positions, block_size)
+        return positions, block_tables[:, np.arange(len(seq_lens)), column] * block_size + place
     new_tokens = np.diff(query_start)
     sequence = np.repeat(np.arange(len(seq_lens)), new_tokens)
     positions = np.arange(query_start[-1]) - query_start[sequence] + (seq_lens - new_tokens)[sequence]

@@ -8,21 +8,28 @@ g key/value heads, d head size.
 """
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from semiopen.model.packed_step import PackedStep
+from semiopen.model.ragged_attention import Reads, ragged_attention
 
 NAME = "semiopen_paged"
 _MAX_SCORES = 1 << 24  # scores per head of one attention call: 64 MiB of mask as SDPA sees it
-_MAX_KEYS = 1 << 16  # keys gathered by one attention call: 256 MiB at 8 heads of 128 in half precision
+_MAX_KEYS = 1 << 16  # keys gathered by one attention call: 512 MiB at 8 heads of 128
+_FEW_TOKENS = 8  # up to this many new tokens of a sequence attend one by one, on a CPU
+
+
+class NoCacheMemory(MemoryError):
+    """The system has no memory for a KV cache."""
 
 
 class KVCache:
@@ -30,7 +37,8 @@ class KVCache:
 
     Heads come first, so that the KV blocks of a sequence are gathered as a few long runs and SDPA reads each head's
     keys in one piece. They are made when a block first writes, as its shapes are the family's business, and take
-    memory only where they are used.
+    memory only where they are used. On a CPU keys are kept in fp32: `ragged_attention` wants them so, and scores
+    computed from them are not rounded.
     """
 
     def __init__(self, blocks: int, block_size: int) -> None:
@@ -42,7 +50,13 @@ class KVCache:
     def write(
         self, layer: int, table: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store key and value [g, T, d] of one layer at slots [T] of a table; return that layer's whole caches."""
+        """Store key and value [g, T, d] of one layer at slots [T] of a table; return that layer's whole caches.
+
+        Raises:
+            NoCacheMemory: the system gives no memory for the caches.
+        """
+        if key.device.type == "cpu":
+            key = key.float()
         if layer not in self._layers:
             self._layers[layer] = (self._empty(key), self._empty(value))
             self._tables[layer] = table
@@ -71,7 +85,10 @@ class KVCache:
     def _empty(self, new: torch.Tensor) -> torch.Tensor:
         # Not torch.zeros, which writes to every page. Huge pages would take 2 MiB for the first token of each head.
         shape = (new.shape[0], self._slots, new.shape[2])
-        memory = mmap.mmap(-1, prod(shape) * new.element_size())
+        try:
+            memory = mmap.mmap(-1, prod(shape) * new.element_size())
+        except OSError as error:
+            raise NoCacheMemory from error
         memory.madvise(mmap.MADV_NOHUGEPAGE)
         return torch.frombuffer(memory, dtype=new.dtype).view(shape)
 
@@ -146,15 +163,16 @@ class Group:
         return self.views[window]
 
 
-def _group_rows(step: PackedStep) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """Divide a step into groups whose memory is bounded, whatever history their sequences claim.
+def _group_rows(step: PackedStep, sequences: Iterable[int]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Divide sequences of a step into groups whose memory is bounded, whatever history they claim.
 
     A long prompt is divided into runs of tokens; runs of equal length go together as long as they fit. Yields the
     number of tokens per run, and (first token, sequence) of each run.
     """
     runs: dict[int, list[tuple[int, int, int]]] = {}
     bounds, lengths = step.query_start.tolist(), step.seq_lens.tolist()
-    for row, (begin, end, length) in enumerate(zip(bounds[:-1], bounds[1:], lengths, strict=True)):
+    for row in sequences:
+        begin, end, length = bounds[row], bounds[row + 1], lengths[row]
         stride = max(1, _MAX_SCORES // length)
         for start in range(begin, end, stride):
             runs.setdefault(min(stride, end - start), []).append((start, row, length))
@@ -171,7 +189,11 @@ def _group_rows(step: PackedStep) -> Iterator[tuple[int, list[tuple[int, int]]]]
 
 
 class RunningStep:
-    """What the attention function needs to know of the step that runs; one at a time in this process."""
+    """What the attention function needs to know of the step that runs; one at a time in this process.
+
+    On a CPU, sequences with few new tokens attend token by token, through `reads`, and the others in `long_groups`.
+    Elsewhere all attend in `groups`.
+    """
 
     current: "RunningStep | None" = None
 
@@ -180,17 +202,48 @@ class RunningStep:
         self.score_cap = step.score_cap
         self.table_of = step.table_of
         self.slots = torch.from_numpy(step.slots)
-        positions = torch.from_numpy(step.positions)
-        tables = torch.from_numpy(step.block_tables)
-        self.groups: list[list[Group]] = [[] for _ in tables]  # per block table
-        for count, members in _group_rows(step):
+        self._step = step
+        self._positions = torch.from_numpy(step.positions)
+        self._tables = torch.from_numpy(step.block_tables)
+        self._new = np.diff(step.query_start)
+        self._reads: dict[tuple[int, int | None], Reads | None] = {}
+
+    @cached_property
+    def groups(self) -> list[list[Group]]:
+        """Groups of all sequences, per block table."""
+        groups = self._groups_of(range(len(self._new)))
+        for of_table in groups:
+            if len(of_table) == 1 and len(self._step.token_ids) == len(self._step.seq_lens):
+                of_table[0].tokens = None
+        return groups
+
+    @cached_property
+    def long_groups(self) -> list[list[Group]]:
+        """Groups of the sequences with more than `_FEW_TOKENS` new tokens, per block table."""
+        return self._groups_of(np.flatnonzero(self._new > _FEW_TOKENS).tolist())
+
+    def _groups_of(self, sequences: Iterable[int]) -> list[list[Group]]:
+        groups: list[list[Group]] = [[] for _ in self._tables]
+        for count, members in _group_rows(self._step, sequences):
             starts, rows = torch.tensor(members).unbind(1)
             tokens = starts[:, None] + torch.arange(count)
-            for groups, table in zip(self.groups, tables, strict=True):
-                groups.append(Group(tokens, positions[tokens], table[rows], step.block_size))
-        for groups in self.groups:
-            if len(groups) == 1 and len(step.token_ids) == len(step.seq_lens):
-                groups[0].tokens = None
+            for of_table, table in zip(groups, self._tables, strict=True):
+                of_table.append(Group(tokens, self._positions[tokens], table[rows], self._step.block_size))
+        return groups
+
+    def reads(self, table: int, window: int | None) -> Reads | None:
+        """What the tokens of the other sequences may read; None where there are none."""
+        if (table, window) not in self._reads:
+            step, few = self._step, self._new <= _FEW_TOKENS
+            found = None
+            if few.all() and len(step.token_ids) == len(few):
+                found = Reads(step.positions, step.block_tables[table], step.block_size, window)
+            elif few.any():
+                tokens = np.flatnonzero(np.repeat(few, self._new))
+                tables = step.block_tables[table][np.repeat(np.arange(len(few)), self._new)[tokens]]
+                found = Reads(step.positions[tokens], tables, step.block_size, window, tokens)
+            self._reads[table, window] = found
+        return self._reads[table, window]
 
 
 def paged_attention(
@@ -203,6 +256,7 @@ def paged_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    paged_step: RunningStep | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Store this step's keys and values, and attend over each sequence's whole history.
@@ -214,18 +268,22 @@ def paged_attention(
         scaling: factor of the scores, 1 / sqrt(d) when None.
         sliding_window: keys a token sees, itself included; None for all.
         softcap: scores s become softcap * tanh(s / softcap) where given (Gemma 2).
+        paged_step: the step that runs, where the model was called with one; else `RunningStep.current`.
 
     Returns:
         Attention output [1, T, h, d], and None for the weights.
     """
-    step = RunningStep.current
+    step = paged_step or RunningStep.current
     assert step is not None, "attention ran outside of a step"
     query, key, value = query[0], key[0], value[0]  # [heads, T, d]
     table = step.table_of(sliding_window)
     keys, values = step.cache.write(cast(int, module.layer_idx), table, step.slots[table], key, value)
     softcap = softcap if step.score_cap else None
-    output = torch.empty(query.shape[1], query.shape[0], value.shape[2], dtype=query.dtype)
-    for group in step.groups[table]:
+    output = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and (reads := step.reads(table, sliding_window)) is not None:
+        ragged_attention(query, keys, values, reads, scaling, softcap, output)
+    for group in step.long_groups[table] if on_cpu else step.groups[table]:
         sequences, new = group.positions.shape
         q = query.transpose(0, 1)[:, :, None] if group.tokens is None else query[:, group.tokens].transpose(0, 1)
         grouped = query.shape[0] != key.shape[0]
@@ -234,7 +292,7 @@ def paged_attention(
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
         else:
             view = group.view(sliding_window)
-            k, v = view.gather(keys, sequences), view.gather(values, sequences)
+            k, v = view.gather(keys, sequences).to(q.dtype), view.gather(values, sequences)
             if softcap is not None:
                 out = _softcapped_attention(q, k, v, view.mask, scaling, grouped, softcap)
             elif new == 1:  # the query heads of one key head attend like tokens of one sequence: no copies of k and v
@@ -269,9 +327,5 @@ def _softcapped_attention(
     return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 
-def _no_mask(*args: object, **kwargs: object) -> None:
-    """Masks follow from positions in `paged_attention`, so transformers need not build any."""
-
-
+# No mask function is registered beside it: transformers then builds no mask. Masks follow from positions here.
 AttentionInterface.register(NAME, paged_attention)
-AttentionMaskInterface.register(NAME, _no_mask)

@@ -102,8 +102,16 @@ class SharedArrays:
 
 
 def create_shared_memory(layout: Layout) -> int:
-    """Create the memory of a session and return its descriptor, sealed against any change of size."""
+    """Create the memory of a session and return its descriptor, sealed against any change of size.
+
+    Raises:
+        OSError: the system has no such memory, or no descriptor.
+    """
     fd = os.memfd_create("semiopen-channel", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, layout.nbytes())
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    try:
+        os.ftruncate(fd, layout.nbytes())
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
