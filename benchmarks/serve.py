@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from common import (
+    SIZES,
     STORIES,
     Size,
     build_model,
@@ -52,7 +53,7 @@ from common import (
 from transformers import AutoConfig
 
 PLAIN, AGAIN = "A", "A'"
-MEDIUM = Size(768, 12, 2048, 12, 12, 4096)  # 91 million parameters
+MODELS = {"medium": Size(768, 12, 2048, 12, 12, 4096), "large": SIZES["large"]}  # random Llamas, 91 and 317 million
 CONTEXT = 2048
 
 
@@ -246,7 +247,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model",
         default="medium",
-        help="medium (a random Llama of 91 million), stories, or a folder (default: medium)",
+        help="medium or large (random Llamas of 91 and 317 million), stories, or a folder (default: medium)",
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="requests at once (default: 1 8 32)")
@@ -358,9 +359,9 @@ def main() -> int:
     cases: list[Case] = []
     with workspace() as space, progress() as bar:
         model = STORIES if options.model == "stories" else Path(options.model)
-        if options.model == "medium":
-            model = space / "medium"
-            build_model(MEDIUM, model, torch.float32, options.seed)
+        if options.model in MODELS:
+            model = space / options.model
+            build_model(MODELS[options.model], model, torch.float32, options.seed)
         vocabulary = AutoConfig.from_pretrained(model).vocab_size
         keys = make_keys(space / "keys")
         bundles, prefixes = {}, {}

@@ -135,7 +135,7 @@ def test_environment_is_not_inherited(process):
     environment = proc(process.pid, "environ")
     assert SECRET.encode() not in environment
     names = {variable.partition(b"=")[0] for variable in environment.split(b"\0") if variable}
-    assert names <= {b"PATH", b"LANG", b"GOMP_SPINCOUNT", b"HF_HUB_OFFLINE", b"OMP_NUM_THREADS"}
+    assert names <= {b"PATH", b"LANG", b"GOMP_SPINCOUNT", b"HF_HUB_OFFLINE", b"OMP_NUM_THREADS", b"GLIBC_TUNABLES"}
 
 
 def test_descriptors_are_not_inherited(process):

@@ -3,6 +3,7 @@
 Covered: bytes of sealed tensors in their stored dtype. Not covered: other dtypes, compressed or encoded copies.
 """
 
+import os
 import random
 import tempfile
 from collections.abc import Iterable
@@ -71,11 +72,12 @@ def search(pieces: list[bytes], files: Iterable[Path]) -> Finding:
 def recent_files(since: float) -> list[Path]:
     """Files of temporary and shared-memory folders that changed after `since` (seconds, as `time.time`)."""
     files = []
-    for root in {Path(tempfile.gettempdir()), Path("/dev/shm")}:  # noqa: S108 - looked into, not written
-        for path in root.rglob("*"):
-            try:
-                if path.is_file() and not path.is_symlink() and path.stat().st_mtime >= since:
-                    files.append(path)
-            except OSError:
-                continue  # it went away, or belongs to someone else
+    for root in {tempfile.gettempdir(), "/dev/shm"}:  # noqa: S108 - looked into, not written
+        for folder, _, names in os.walk(root):  # passes over folders that go away meanwhile
+            for path in (Path(folder, name) for name in names):
+                try:
+                    if path.is_file() and not path.is_symlink() and path.stat().st_mtime >= since:
+                        files.append(path)
+                except OSError:
+                    continue  # it went away, or belongs to someone else
     return files

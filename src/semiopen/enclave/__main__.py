@@ -7,6 +7,7 @@
 Order is the point: give up privileges, take the key, verify the bundle, unseal, wipe the key, give up files, serve.
 """
 
+import gc
 import os
 import sys
 from typing import TYPE_CHECKING, cast
@@ -51,6 +52,7 @@ def main() -> int:
         except Exception as error:
             _answer_start(start_reply, Failed(code="start", message=place_of(error)))
             return 1
+    gc.freeze()  # what is loaded stays; a collection in the middle of a step need not visit it
     measures.append(hardening.lock_memory())
     measures += hardening.harden_running()  # from here on no file opens, so no import may follow
     server.welcome = server.welcome.model_copy(update={"measures": hardening.report(measures)})

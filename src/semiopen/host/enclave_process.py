@@ -155,6 +155,8 @@ def _environment(threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         # Between steps OpenMP's threads spin, by default for milliseconds, on cores that are the host's then.
         "GOMP_SPINCOUNT": "10000",
+        # Weights in large pages, where the system allows programs to ask: each step reads all of them.
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
     if threads:
         variables["OMP_NUM_THREADS"] = str(threads)

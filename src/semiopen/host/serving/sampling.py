@@ -29,6 +29,7 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
         "max_tokens": (sampling.max_tokens, 0, math.inf),
         "temperature": (sampling.temperature, 0, math.inf),
         "top_p": (sampling.top_p, 0, 1),
+        "top_k": (sampling.top_k, -1, 2**31 - 1),
         "min_p": (sampling.min_p, 0, 1),
         "presence_penalty": (sampling.presence_penalty, -math.inf, math.inf),
         "frequency_penalty": (sampling.frequency_penalty, -math.inf, math.inf),
