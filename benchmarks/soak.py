@@ -149,7 +149,7 @@ class Load:
         self.server, self.expected, self.options = server, expected, options
         self.found = Findings()
         self.until = time.monotonic() + options.seconds
-        limits = httpx.Limits(max_connections=options.clients + 4)
+        limits = httpx.Limits(max_connections=256)  # a burst must reach the queue, not wait here
         self.http = httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits)
 
     def recovering(self) -> bool:

@@ -145,6 +145,7 @@ REFUSED = {
     },
     "prompt embeddings": {"enable_prompt_embeds": True},
     "load format 'dummy'": {"load_format": "dummy"},
+    "steps of at most 8192 tokens of 512 sequences": {"max_num_seqs": 513},
 }
 
 

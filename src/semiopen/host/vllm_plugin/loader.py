@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from semiopen.host.client import EnclaveClient
 from semiopen.host.enclave_process import EnclaveProcess
 from semiopen.host.load import ENCLAVE_SETTING
 from semiopen.host.opening import check_match
+from semiopen.protocol.messages import DType
 
 KEYS_SETTING = "SEMIOPEN_KEYS"  # environment variable: key folder, for a dev enclave that starts with the engine
 
@@ -53,21 +55,24 @@ class BundleLoader(DefaultModelLoader):
         """
         folder = Path(model_config.model)
         dtype = str(model_config.dtype).removeprefix("torch.")
-        process = None
-        if self._keys:
-            keys = Path(self._keys)
-            process = EnclaveProcess(folder, keys, dtype, self._threads)  # type: ignore[arg-type]
-            verified = read_files(folder, load_vendor_key(keys))
-            socket = process.socket_path
-        else:
-            socket = Path(self._enclave)
-            client = EnclaveClient(socket)
-            verified = read_files(folder, client.welcome.bundle_digest)
-        model = super().load_model(vllm_config, model_config, prefix)
-        if process is not None:
-            process.wait_ready()
-            client = EnclaveClient(socket)
-            weakref.finalize(model, process.close)
-        check_match(client.welcome, verified, dtype)
-        cast(Any, model).sealed_prefix.attach(client)
+        with ExitStack() as cleanup:
+            client = process = None
+            if self._keys:
+                keys = Path(self._keys)
+                process = EnclaveProcess(folder, keys, cast(DType, dtype), self._threads)
+                cleanup.callback(process.close)
+                verified = read_files(folder, load_vendor_key(keys))
+            else:
+                client = EnclaveClient(cast(str, self._enclave))
+                cleanup.callback(client.close)
+                verified = read_files(folder, client.welcome.bundle_digest)
+            model = super().load_model(vllm_config, model_config, prefix)
+            if process is not None:
+                process.wait_ready()
+                client = EnclaveClient(process.socket_path)
+                cleanup.callback(client.close)
+            client = cast(EnclaveClient, client)
+            check_match(client.welcome, verified, dtype)
+            cast(Any, model).sealed_prefix.attach(client)
+            weakref.finalize(model, cleanup.pop_all().close)
         return model

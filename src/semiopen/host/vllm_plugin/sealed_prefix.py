@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 
-from semiopen.errors import EnclaveError, UnsupportedModelError
+from semiopen.errors import EnclaveError, UnsupportedCallError, UnsupportedModelError
 from semiopen.host.client import EnclaveClient, StepInput
 from semiopen.model.packed_step import WHOLE, slots_of
 
@@ -39,7 +39,15 @@ class SealedPrefix:
 
         Raises:
             UnsupportedModelError: vLLM keeps no block table that fits the sealed blocks.
+            UnsupportedCallError: vLLM's steps may be larger than the enclave's.
         """
+        tokens, sequences = client.welcome.max_step_tokens, client.welcome.max_sequences
+        if self._step_tokens > tokens or self._sequences > sequences:
+            raise UnsupportedCallError(
+                f"This enclave runs steps of at most {tokens} tokens of {sequences} sequences; start vLLM with "
+                f"--max-num-batched-tokens {min(tokens, self._step_tokens)} "
+                f"--max-num-seqs {min(sequences, self._sequences)}."
+            )
         layers = self._config.compilation_config.static_forward_context
         windows = {
             name: layer.sliding_window or WHOLE for name, layer in layers.items() if isinstance(layer, Attention)
