@@ -115,7 +115,7 @@ class Server:
 def expected_texts(prompts: list[str]) -> dict[str, str]:
     """What the original model continues each prompt with, greedily."""
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
     texts = {}
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

@@ -128,6 +128,8 @@ def results(bundle, wrong_bundle, adapters, keys, vllm_jobs):
     job("plain lora", STORIES, lora, lora=str(adapters[0]))
     job("protected lora", bundle, lora, lora=str(adapters[1]))
     prompts = prompts[:64]
+    if shutil.which("g++"):
+        job("protected compiled", bundle, {"enforce_eager": False})
     job("plain bf16", STORIES, {"dtype": "bfloat16"}, logprobs=20, max_tokens=1)
     job("plain bf16 cut", STORIES, {"dtype": "bfloat16", **SETTINGS["pressed"]}, logprobs=20, max_tokens=1)
     job("protected bf16", bundle, {"dtype": "bfloat16"}, logprobs=20, max_tokens=1)
@@ -159,6 +161,14 @@ def test_hundreds_of_requests_equal_plain_vllm(results, name):
         if len(set(map(str, pair))) > 1
     ]
     assert not differing
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_compiled_open_blocks(results):
+    """With torch.compile, vLLM compiles the open blocks; the enclave's call stays outside."""
+    compiled = results["protected compiled"]
+    assert "error" not in compiled, compiled["error"]
+    assert compiled["tokens"][0] == results["plain roomy"]["tokens"][0][:64]
 
 
 def test_pressed_run_preempts_and_reuses_blocks(results):
