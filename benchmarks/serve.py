@@ -317,10 +317,10 @@ def print_cases(cases: Sequence[Case]) -> None:
 
 def plot(cases: Sequence[Case], file: Path) -> None:
     """Throughput ratios by batch size, a line per prefix size, a panel per engine."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports] - of the extra "lab"
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     engines = list(dict.fromkeys(case.engine for case in cases))
     figure, panels = pyplot.subplots(1, len(engines), figsize=(4.5 * len(engines), 3.4), sharey=True, squeeze=False)
