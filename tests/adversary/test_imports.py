@@ -69,6 +69,11 @@ def test_no_tool_of_another_party_is_inside(inside, package):
     assert [name for name in inside["modules"] if name.split(".")[0] == package] == []
 
 
+def test_what_numpy_loads_on_first_use_is_there(inside):
+    """Larger steps than the rehearsal's make numpy import it, which failed in a hardened enclave."""
+    assert "numpy.ma" in inside["modules"]
+
+
 def test_nothing_is_imported_for_an_internal_error(inside):
     """In a hardened process an import opens no file, so it would turn one error into another."""
     assert inside["late"] == []

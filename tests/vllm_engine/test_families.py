@@ -11,7 +11,10 @@ from tests.models import FAMILIES, save_random_model, with_heads_of_32
 # Of 4 blocks. Qwen3 MoE has its only experts in block 1, and vLLM needs one block with experts.
 PREFIXES = {"llama": (0, 1, 3), "qwen3-moe": (1,)}
 REFUSED = "qwen2-window"  # its windows change from block to block, which vLLM's Qwen2 has not
-SERVED = [family for family in FAMILIES if family != REFUSED]
+# Plain vLLM 0.32's CPU kernel `cpu_attn_reshape_and_cache` now and then ends the process with a segmentation fault for
+# GPT-NeoX, protected or not. With larger heads it ran, equal, but a test must not depend on that.
+CRASHES = "gpt-neox"
+SERVED = [family for family in FAMILIES if family not in (REFUSED, CRASHES)]
 CASES = [f"{family}/{prefix}" for family in SERVED for prefix in PREFIXES.get(family, (2,))]
 
 
@@ -30,7 +33,7 @@ PROMPTS = _prompts()
 def results(tmp_path_factory, keys, vllm_jobs):
     folder = tmp_path_factory.mktemp("families")
     jobs = []
-    for family in FAMILIES:
+    for family in (*SERVED, REFUSED):
         model = folder / family
         save_random_model(family, model, config=with_heads_of_32(FAMILIES[family]))
         common = {"prompts": PROMPTS, "repeat": 2, "args": {"max_num_batched_tokens": 64, "block_size": 32}}
