@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.ma  # noqa: F401 - some of numpy's calls import it on first use, when the enclave can open no file any more
+import numpy.ma  # numpy imports it on first use in some calls, when the enclave can open no file any more
 
 from semiopen.model.packed_step import WHOLE, PackedStep, slots_of
 from semiopen.protocol.channel import Layout, SharedArrays
