@@ -19,7 +19,7 @@ from semiopen.host.sequences import Rows
 from semiopen.model.families import FAMILIES
 
 
-class _NoPositions(nn.Module):
+class NoPositions(nn.Module):
     """Stands where a learned position embedding stood: the enclave has added it already."""
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,7 @@ class SemiopenModel:
         decoder: nn.Module = self.base_model  # type: ignore[attr-defined]
         setattr(decoder, family.embedding, EnclaveEmbedding())
         if family.positions:
-            setattr(decoder, family.positions, _NoPositions())
+            setattr(decoder, family.positions, NoPositions())
         if family.dropout:
             setattr(decoder, family.dropout, nn.Identity())
         signature = inspect.signature(decoder.forward)

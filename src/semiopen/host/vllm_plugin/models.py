@@ -13,6 +13,7 @@ from vllm import ModelRegistry
 from vllm.config import VllmConfig
 
 from semiopen.errors import UnsupportedCallError
+from semiopen.host.modeling import NoPositions
 from semiopen.host.vllm_plugin.sealed_prefix import SealedPrefix
 from semiopen.model.families import FAMILIES
 
@@ -25,14 +26,6 @@ class SealedEmbedding(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Refuse."""
         raise UnsupportedCallError("The token embedding is sealed; run the whole model instead.")
-
-
-class NoPositions(nn.Module):
-    """Stands where a learned position embedding was: the enclave has added it already."""
-
-    def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return zeros that broadcast over [T, H]; of bool, so that the sum keeps the states' dtype."""
-        return torch.zeros(*positions.shape, 1, dtype=torch.bool, device=positions.device)
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -80,8 +80,9 @@ class SealedPrefix:
             token_ids=_numpy(input_ids[:tokens]),
             query_start=_numpy(first.query_start_loc[: sequences + 1]),
             seq_lens=_numpy(first.seq_lens),
+            # With no sealed block there is no window, so no table goes to the enclave.
             block_tables=np.stack([_numpy(metadata[name].block_table[:, :width]) for name in self._layers])[
-                : self._tables
+                : len(client.welcome.windows)
             ],
         )
         client.step(step, self._states[:tokens])
@@ -95,7 +96,6 @@ class SealedPrefix:
             raise UnsupportedModelError("vLLM does not say how large its KV cache is; use vLLM 0.32.")
         _check_slots(metadata[self._layers[0]], size)
         client.open(blocks, size, self._step_tokens, self._sequences, by_window=True)
-        self._tables = len(client.welcome.windows)
         self._opened = True
 
 
