@@ -23,6 +23,16 @@ _BLOCK_BYTES = 1 << 20
 _MAX_WORKERS = 8
 
 
+def check_is_bundle(folder: Path) -> None:
+    """Refuse a folder without a manifest, before anything is started for it.
+
+    Raises:
+        BundleError: it has none.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        raise BundleError(f"{folder} has no {MANIFEST_NAME}, so it is not a bundle; make one with 'semiopen seal'.")
+
+
 def check_name(name: str) -> None:
     """Refuse a name that is not a plain relative path inside the bundle.
 

@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semiopen.bundle.files import MANIFEST_NAME
+from semiopen.bundle.files import check_is_bundle
 from semiopen.bundle.keys import load_vendor_key
-from semiopen.errors import BundleError, EnclaveError
+from semiopen.errors import EnclaveError
 from semiopen.host.enclave_process import EnclaveProcess
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def load(
         KeyFolderError: the keys are not usable.
     """
     folder = Path(bundle)
-    if not (folder / MANIFEST_NAME).is_file():
-        raise BundleError(f"{folder} has no {MANIFEST_NAME}, so it is not a bundle; make one with 'semiopen seal'.")
+    check_is_bundle(folder)
     enclave = enclave or (None if keys else os.environ.get(ENCLAVE_SETTING))
     if (keys is None) == (enclave is None):
         raise EnclaveError(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from semiopen.bundle.files import MANIFEST_NAME, read_file
+from semiopen.bundle.files import check_is_bundle, read_file
 from semiopen.bundle.signature import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, signed_payload_digest
-from semiopen.errors import BundleError, SemiopenError
+from semiopen.errors import SemiopenError
 from semiopen.host.client import EnclaveClient
 from semiopen.host.serving import server
 from semiopen.host.serving.api import SAMPLING_DEFAULTS, Settings, create_app
@@ -86,8 +86,7 @@ def prepare(options: Options) -> Ready:
         OSError: the address is taken, or a file cannot be read.
     """
     folder = options.bundle
-    if not (folder / MANIFEST_NAME).is_file():
-        raise BundleError(f"{folder} has no {MANIFEST_NAME}, so it is not a bundle; make one with 'semiopen seal'.")
+    check_is_bundle(folder)
     template = options.chat_template.read_text() if options.chat_template else None
     listener = server.listen(options.host, options.port)
     try:
