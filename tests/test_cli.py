@@ -42,6 +42,9 @@ def semiopen(*arguments: object, cwd: Path | None = None, typed: str = "") -> Do
         patch.delenv("SEMIOPEN_ENCLAVE", raising=False)
         if cwd is not None:
             patch.chdir(cwd)
+            (Path(cwd) / "tmp").mkdir(exist_ok=True)
+            patch.setenv("TMPDIR", str(Path(cwd) / "tmp"))  # other tests leave plain models in the common one,
+            patch.setattr(tempfile, "tempdir", None)  # where `compare` would find them
         stack.enter_context(redirect_stdout(streams[0]))
         stack.enter_context(redirect_stderr(streams[1]))
         try:
@@ -127,7 +130,7 @@ def test_inspect_and_verify(folder):
 
 def test_compare_proves_equality_and_secrecy(folder):
     done = semiopen("compare", "bundle", MODEL, "--keys", "keys", "--max-new-tokens", "12", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "All tokens equal; no sealed weight in plain form." in done.stdout
 
 

@@ -11,6 +11,7 @@ import uvicorn
 from semiopen.host.serving.engine import Engine
 
 BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75  # uvicorn's 5 often end a connection at the moment a client takes it up again
 CLOSING_SECONDS = 10.0  # for the last answers, once the engine is closed
 
 
@@ -66,6 +67,7 @@ def make_server(app: Any, engine: Engine, grace_seconds: float) -> Server:
         access_log=False,
         lifespan="off",
         backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         server_header=False,
         ws="none",
         timeout_graceful_shutdown=int(grace_seconds + CLOSING_SECONDS),  # type: ignore[arg-type] - seconds
