@@ -17,14 +17,7 @@ from semiopen.host.cache import FollowsEnclave, follow
 from semiopen.host.embedding import EnclaveEmbedding, EnclaveSession
 from semiopen.host.sequences import Rows
 from semiopen.model.families import FAMILIES
-
-
-class NoPositions(nn.Module):
-    """Stands where a learned position embedding stood: the enclave has added it already."""
-
-    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Return zeros that broadcast over [B, S, H]; of bool, so that the sum keeps the states' dtype."""
-        return torch.zeros(*position_ids.shape, 1, dtype=torch.bool, device=position_ids.device)
+from semiopen.model.parts import NoPositions
 
 
 class SemiopenModel:

@@ -172,6 +172,19 @@ def cut_layers(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedCon
     return part
 
 
+def join_layers(below: PreTrainedConfig, above: PreTrainedConfig) -> PreTrainedConfig:
+    """Put two halves that `cut_layers` made together again: the config of the whole stack, untied."""
+    whole = copy.deepcopy(above)
+    lists = {name: (getattr(below, name, None), getattr(above, name, None)) for name in PER_LAYER_LISTS}
+    whole.num_hidden_layers = below.num_hidden_layers + above.num_hidden_layers
+    for name, (low, high) in lists.items():
+        if isinstance(low, list) and isinstance(high, list):
+            setattr(whole, name, low + high)
+    if _sparse_blocks(above) is not None:
+        whole.mlp_only_layers = [*below.mlp_only_layers, *(i + below.num_hidden_layers for i in above.mlp_only_layers)]
+    return whole
+
+
 def _sparse_blocks(config: PreTrainedConfig) -> set[int] | None:
     """Blocks with experts in a Qwen MoE, whose config names them by absolute number; None in other families."""
     step = getattr(config, "decoder_sparse_step", None)

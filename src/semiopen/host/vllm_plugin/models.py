@@ -13,9 +13,9 @@ from vllm import ModelRegistry
 from vllm.config import VllmConfig
 
 from semiopen.errors import UnsupportedCallError
-from semiopen.host.modeling import NoPositions
 from semiopen.host.vllm_plugin.sealed_prefix import SealedPrefix
 from semiopen.model.families import FAMILIES
+from semiopen.model.parts import NoPositions
 
 _MARK = "Semiopen"
 

@@ -1,0 +1,45 @@
+"""A real bundle and its enclave as the attacked model: every query goes through the enclave, which counts it."""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import PreTrainedModel
+
+from semiopen.audit.victim import SealedSet, Spent
+from semiopen.auto_classes import SemiopenConfig
+from semiopen.bundle.manifest import Manifest
+from semiopen.host.modeling import SemiopenModel
+from semiopen.model.families import FAMILIES
+from semiopen.model.parts import rename
+from semiopen.model.split import join_layers
+
+
+class BundleVictim:
+    """See `audit.victim.Victim`. Everything it knows, anyone on the host knows."""
+
+    def __init__(self, model: PreTrainedModel, bundle: Path, manifest: Manifest) -> None:
+        """Take a model that `semiopen.load` returned for this bundle, and the bundle's manifest."""
+        config = cast(SemiopenConfig, SemiopenConfig.from_pretrained(bundle))
+        below, above = config.prefix_config, config.text_config
+        assert below is not None and above is not None, "a verified bundle has both"
+        family, prefix = FAMILIES[above.model_type], below.num_hidden_layers
+        decoder = model.base_model_prefix
+        self.config, self.spent = join_layers(below, above), Spent()
+        self.config.tie_word_embeddings = False
+        self.open_tensors = {
+            rename(name, f"{decoder}.{family.layers}", prefix): tensor.detach().float()
+            for name, tensor in model.state_dict().items()
+        }
+        if manifest.open_embedding:
+            self.open_tensors[f"{decoder}.{family.embedding}.weight"] = self.open_tensors["lm_head.weight"]
+        self.sealed = SealedSet.prefix(prefix)
+        self._model = model
+
+    def query(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Victim.query`."""
+        self.spent.queries += len(ids)
+        self.spent.tokens += ids.numel()
+        enclave = cast(SemiopenModel, self._model).enclave
+        enclave.session.score_cap = self._model.config._attn_implementation != "sdpa"
+        return enclave(ids).float()

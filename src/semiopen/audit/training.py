@@ -1,0 +1,124 @@
+"""One training loop for all attacks: learning rate chosen on the thief's own data, cosine decay, best state kept."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Report = Callable[[int, int], None]  # optimiser steps done, in all
+_WARM_UP = 0.05  # share of the steps
+_LOOKS = 8  # at the validation loss, during a run
+_TRIAL = 0.1  # share of the steps that a learning rate is tried for
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an attack trains.
+
+    Attributes:
+        steps: optimiser steps of the run proper.
+        batch: queries per step.
+        rates: learning rates that are tried; one rate for all sealed sets makes some look strong that are not.
+        validation: share of the queries that is kept to choose by. They count as queries like the others.
+        weight_decay: of AdamW.
+    """
+
+    steps: int = 1000
+    batch: int = 16
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    validation: float = 0.1
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a training went. `loss` is on the validation part."""
+
+    rate: float
+    steps: int
+    loss: float
+
+
+def fit(
+    parameters: Sequence[torch.nn.Parameter],
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    count: int,
+    settings: Settings,
+    seed: int,
+    report: Report | None = None,
+) -> Fit:
+    """Train parameters in place.
+
+    Args:
+        parameters: what is trained; nothing else gets gradients.
+        loss_of: mean loss over the queries with the given indices [b].
+        count: queries in all, at least two.
+        settings: see there.
+        seed: of the order of queries.
+        report: called after each step.
+
+    Returns:
+        The learning rate chosen, steps taken (trials included) and the validation loss of the weights left behind.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    kept = min(count - 1, max(1, round(count * settings.validation)))
+    validation, training = order[:kept], order[kept:]
+    start = [parameter.detach().clone() for parameter in parameters]
+    trial = max(20, round(settings.steps * _TRIAL)) if len(settings.rates) > 1 else 0
+    total = trial * len(settings.rates) + settings.steps if trial else settings.steps
+    done = 0
+
+    def look() -> float:
+        with torch.no_grad():
+            parts = validation.split(settings.batch)
+            value = sum(float(loss_of(part)) * len(part) for part in parts) / len(validation)
+        return value if math.isfinite(value) else math.inf
+
+    def run(rate: float, steps: int) -> float:
+        nonlocal done
+        _copy(parameters, start)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
+        choose = torch.Generator().manual_seed(seed + 1)
+        best, best_loss = start, math.inf
+        for step in range(steps):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * _schedule(step, steps)
+            batch = training[torch.randint(len(training), (min(settings.batch, len(training)),), generator=choose)]
+            loss = loss_of(batch)
+            if not torch.isfinite(loss):
+                break  # this rate is too high
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            done += 1
+            if report:
+                report(done, total)
+            due = (step + 1) % max(1, steps // _LOOKS) == 0 or step + 1 == steps
+            if due and (now := look()) < best_loss:
+                best, best_loss = [parameter.detach().clone() for parameter in parameters], now
+        _copy(parameters, best)
+        for parameter in parameters:
+            parameter.requires_grad_(False).grad = None
+        return best_loss
+
+    rate = min(settings.rates, key=lambda tried: run(tried, trial)) if trial else next(iter(settings.rates))
+    loss = run(rate, settings.steps)
+    return Fit(rate=rate, steps=done, loss=loss)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: linear warm-up, then half a cosine."""
+    warm = max(1, round(steps * _WARM_UP))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _copy(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)

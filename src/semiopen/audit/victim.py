@@ -1,0 +1,102 @@
+"""The attacked model, as a thief on the host sees it: open weights, and the states that sealed layers give out.
+
+No logits are collected. Whoever holds the open layers computes them from the states.
+
+Legend: B sequences, T tokens, H hidden size, L blocks of the model.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from semiopen.model.families import FAMILIES
+from semiopen.model.parts import Blocks
+from semiopen.model.split import causal_lm_class
+
+
+@dataclass(frozen=True)
+class SealedSet:
+    """Which layers are sealed: blocks [start, stop), and the embedding where `embedding` is true.
+
+    A bundle seals a prefix. Other sets are for comparison: the literature's top, middle and last-layer baselines.
+    """
+
+    start: int
+    stop: int
+    embedding: bool = False
+
+    @classmethod
+    def prefix(cls, blocks: int, embedding: bool = True) -> "SealedSet":
+        """The embedding and the bottom `blocks` blocks."""
+        return cls(0, blocks, embedding)
+
+    def holds(self, name: str, config: PreTrainedConfig) -> bool:
+        """Whether a tensor of the whole model, by its name there, is sealed."""
+        family = FAMILIES[config.model_type]
+        local = name.removeprefix(f"{causal_lm_class(config).base_model_prefix}.")
+        if local.startswith(f"{family.layers}."):
+            return self.start <= int(local.split(".")[1]) < self.stop
+        inputs = [f"{part}." for part in (family.embedding, family.positions) if part]
+        return self.embedding and local.startswith(tuple(inputs))
+
+    def __str__(self) -> str:
+        blocks = f"blocks {self.start + 1} to {self.stop}" if self.stop > self.start else "no block"
+        return f"embedding and {blocks}" if self.embedding else blocks
+
+
+@dataclass
+class Spent:
+    """What a thief has asked for."""
+
+    queries: int = 0
+    tokens: int = 0
+
+
+class Victim(Protocol):
+    """A model with sealed layers that can be queried.
+
+    Attributes:
+        config: of the whole model, untied.
+        sealed: what is sealed.
+        open_tensors: the other weights, fp32, under their names in the whole model.
+        spent: counted over all queries.
+    """
+
+    config: PreTrainedConfig
+    sealed: SealedSet
+    open_tensors: dict[str, torch.Tensor]
+    spent: Spent
+
+    def query(self, ids: torch.Tensor) -> torch.Tensor:
+        """Feed token ids [B, T] and keep the states [B, T, H], fp32, that come out of the sealed layers."""
+        ...
+
+
+class PlainVictim:
+    """A model in the clear that plays a sealed one: for planning, and for sets of layers that no bundle seals."""
+
+    def __init__(self, model: PreTrainedModel, sealed: SealedSet) -> None:
+        """Wrap a whole model, whose weights are copied."""
+        self.config, self.sealed, self.spent = copy.deepcopy(model.config), sealed, Spent()
+        self.config.tie_word_embeddings = False
+        tensors = {name: tensor.detach().float().clone() for name, tensor in model.state_dict().items()}
+        decoder = f"{model.base_model_prefix}."
+        # Tied to the open head, an embedding is open, whatever the plan says.
+        free = (
+            f"{decoder}{FAMILIES[model.config.model_type].embedding}.weight" if model.config.tie_word_embeddings else ""
+        )
+        self.open_tensors = {
+            name: tensor for name, tensor in tensors.items() if name == free or not sealed.holds(name, self.config)
+        }
+        self._lower = Blocks(self.config, 0, sealed.stop).requires_grad_(False)
+        self._lower.load({name.removeprefix(decoder): tensor for name, tensor in tensors.items()})
+
+    def query(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Victim.query`."""
+        self.spent.queries += len(ids)
+        self.spent.tokens += ids.numel()
+        with torch.inference_mode():
+            return self._lower(ids).clone()
