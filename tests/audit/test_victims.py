@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from semiopen.audit.bundle_victim import BundleVictim
-from semiopen.audit.thief import sealed_parameters, start_model, upper_part
-from semiopen.audit.victim import PlainVictim, SealedSet
+from semiopen.audit.thief import answer, sealed_parameters, start_model, upper_part
+from semiopen.audit.victim import OpenPart, PlainVictim, SealedSet
 from semiopen.bundle.manifest import parse_manifest
 from semiopen.errors import SemiopenError
 from tests.models import FAMILIES
@@ -82,3 +82,26 @@ def test_a_bundle_gives_what_its_original_would(name, sealed_pair):
     torch.testing.assert_close(victim.query(ids), plain.query(ids), atol=1e-4, rtol=1e-3)
     assert client.status().tokens - before == victim.spent.tokens == 60
     torch.testing.assert_close(upper_part(victim)(plain.query(ids)), upper_part(plain)(plain.query(ids)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "qwen3-moe"])
+def test_the_open_part_is_a_model_whose_input_is_the_real_one_s_states(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[name])).eval()
+    ids = torch.randint(3, 190, (3, 20))
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+    real = PlainVictim(model, SealedSet.prefix(1))
+    control = OpenPart(real)
+    assert control.config.num_hidden_layers == 3
+    torch.testing.assert_close(upper_part(control)(control.query(ids)), want, atol=1e-5, rtol=1e-4)
+    thief = start_model(control, 0)
+    unlike = (answer(thief, control.model_input(ids)) - want).abs().max()
+    assert unlike > 1e-3  # the block that is declared sealed is not in it
+    prefix, layers = ("transformer", "h") if name == "gpt2" else ("model", "layers")
+    block = {key: value for key, value in model.state_dict().items() if f"{layers}.1." in key}
+    assert not any(f"{prefix}.{layers}.0." in key for key in control.open_tensors)
+    truth = {key.replace(f"{layers}.1.", f"{layers}.0."): value for key, value in block.items()}
+    torch.testing.assert_close(
+        answer(start_model(control, 0, truth), control.model_input(ids)), want, atol=1e-5, rtol=1e-4
+    )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from semiopen.audit.thief import Theft, upper_part
+from semiopen.audit.thief import Theft, answer, upper_part
 from semiopen.audit.training import Report, Settings, fit
 from semiopen.audit.victim import Victim
 
@@ -35,13 +35,13 @@ def imitate(
             likeliest token alone.
         settings, seed, report: see `fit`.
     """
-    states = victim.query(queries)
+    x, states = victim.model_input(queries), victim.query(queries)
     upper = upper_part(victim)
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             truth = upper(states[rows]).flatten(0, 1)
-        logits = thief(input_ids=queries[rows], use_cache=False).logits.flatten(0, 1)
+        logits = answer(thief, x[rows]).flatten(0, 1)
         if labels == "hard":
             return F.cross_entropy(logits, truth.argmax(-1))
         return F.kl_div(logits.log_softmax(-1), truth.log_softmax(-1), log_target=True, reduction="batchmean")

@@ -18,6 +18,8 @@ from semiopen.model.split import join_layers
 class BundleVictim:
     """See `audit.victim.Victim`. Everything it knows, anyone on the host knows."""
 
+    on_states = False
+
     def __init__(self, model: PreTrainedModel, bundle: Path, manifest: Manifest) -> None:
         """Take a model that `semiopen.load` returned for this bundle, and the bundle's manifest."""
         config = cast(SemiopenConfig, SemiopenConfig.from_pretrained(bundle))
@@ -43,3 +45,7 @@ class BundleVictim:
         enclave = cast(SemiopenModel, self._model).enclave
         enclave.session.score_cap = self._model.config._attn_implementation != "sdpa"
         return enclave(ids).float()
+
+    def model_input(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Victim.model_input`."""
+        return ids

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from semiopen.audit.training import Fit
 from semiopen.audit.victim import Victim
 from semiopen.errors import SemiopenError
-from semiopen.model.parts import Upper
+from semiopen.model.parts import Upper, take_states
 from semiopen.model.split import causal_lm_class
 
 
@@ -37,6 +37,8 @@ def start_model(victim: Victim, seed: int, base: Mapping[str, torch.Tensor] | No
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = cast(PreTrainedModel, causal_lm_class(victim.config)(copy.deepcopy(victim.config)))
+    if victim.on_states:
+        take_states(model.base_model, victim.config)
     mine = model.state_dict()
     for name in mine:
         given = victim.open_tensors.get(name)
@@ -49,6 +51,12 @@ def start_model(victim: Victim, seed: int, base: Mapping[str, torch.Tensor] | No
         if given is not None:
             mine[name].copy_(given)
     return model.float().eval().requires_grad_(False)  # no dropout, also where it is trained
+
+
+def answer(model: PreTrainedModel, x: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, V] of a thief's model for what `Victim.model_input` gives."""
+    given = {"inputs_embeds": x} if x.is_floating_point() else {"input_ids": x}
+    return model(**given, use_cache=False).logits
 
 
 def sealed_parameters(model: PreTrainedModel, victim: Victim) -> list[torch.nn.Parameter]:

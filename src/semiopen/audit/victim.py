@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from semiopen.model.families import FAMILIES
-from semiopen.model.parts import Blocks
-from semiopen.model.split import causal_lm_class
+from semiopen.model.parts import Blocks, rename
+from semiopen.model.split import causal_lm_class, cut_layers
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,21 @@ class Victim(Protocol):
 
     Attributes:
         config: of the whole model, untied.
+        on_states: whether that model has no embedding and takes states; see `OpenPart`.
         sealed: what is sealed.
         open_tensors: the other weights, fp32, under their names in the whole model.
         spent: counted over all queries.
     """
 
     config: PreTrainedConfig
+    on_states: bool
     sealed: SealedSet
     open_tensors: dict[str, torch.Tensor]
     spent: Spent
+
+    def model_input(self, ids: torch.Tensor) -> torch.Tensor:
+        """What goes into the model for token ids [B, T]: they themselves, or states [B, T, H] if `on_states`."""
+        ...
 
     def query(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed token ids [B, T] and keep the states [B, T, H], fp32, that come out of the sealed layers."""
@@ -77,6 +83,8 @@ class Victim(Protocol):
 
 class PlainVictim:
     """A model in the clear that plays a sealed one: for planning, and for sets of layers that no bundle seals."""
+
+    on_states = False
 
     def __init__(self, model: PreTrainedModel, sealed: SealedSet) -> None:
         """Wrap a whole model, whose weights are copied."""
@@ -100,3 +108,46 @@ class PlainVictim:
         self.spent.tokens += ids.numel()
         with torch.inference_mode():
             return self._lower(ids).clone()
+
+    def model_input(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Victim.model_input`."""
+        return ids
+
+
+class OpenPart:
+    """The open blocks of a victim as a model of their own, with the lowest of them declared sealed: a control.
+
+    All its weights are known, so that it shows, on any bundle and without its original, whether an attack can succeed
+    at all. Its input are the states that the real sealed layers give out.
+    """
+
+    on_states = True
+
+    def __init__(self, victim: Victim) -> None:
+        """Take a victim with a sealed prefix and at least two open blocks."""
+        blocks, start = victim.config.num_hidden_layers, victim.sealed.stop
+        self.config = cut_layers(victim.config, start, blocks)
+        self.config.tie_word_embeddings = False
+        self.sealed, self.spent = SealedSet(0, 1), Spent()
+        base = causal_lm_class(victim.config).base_model_prefix
+        layers = FAMILIES[victim.config.model_type].layers
+        tensors = {rename(name, f"{base}.{layers}", -start): tensor for name, tensor in victim.open_tensors.items()}
+        inputs = SealedSet(0, 0, embedding=True)
+        tensors = {name: tensor for name, tensor in tensors.items() if not inputs.holds(name, self.config)}
+        self.open_tensors = {
+            name: tensor for name, tensor in tensors.items() if not self.sealed.holds(name, self.config)
+        }
+        self._below = victim
+        self._sealed_block = Blocks(self.config, 0, 1, on_states=True).requires_grad_(False)
+        self._sealed_block.load({name.removeprefix(f"{base}."): tensor for name, tensor in tensors.items()})
+
+    def model_input(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Victim.model_input`; asks the real victim."""
+        return self._below.query(ids)
+
+    def query(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Victim.query`."""
+        self.spent.queries += len(ids)
+        self.spent.tokens += ids.numel()
+        with torch.inference_mode():
+            return self._sealed_block(self.model_input(ids)).clone()

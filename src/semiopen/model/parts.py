@@ -22,22 +22,26 @@ class NoPositions(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Blocks [start, stop) of a model, with fresh weights; those from 0 begin with the embedding."""
+    """Blocks [start, stop) of a model, with fresh weights.
 
-    def __init__(self, config: PreTrainedConfig, start: int, stop: int) -> None:
+    Those from 0 begin with the embedding, unless `on_states`, which is for a model whose input are states.
+    """
+
+    def __init__(self, config: PreTrainedConfig, start: int, stop: int, on_states: bool = False) -> None:
         super().__init__()
         family = FAMILIES[config.model_type]
         self._start, self._layers = start, family.layers
         decoder_class = cast(type[PreTrainedModel], AutoModel._model_mapping[type(config)])
         self.decoder = decoder_class(_untied(cut_layers(config, start, stop)))
         setattr(self.decoder, family.norm, nn.Identity())  # it belongs to the head
-        if start:
-            _take_states(self.decoder, config)
+        self._on_states = on_states or start > 0
+        if self._on_states:
+            take_states(self.decoder, config)
         self.eval()  # no dropout; gradients as the caller wishes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Token ids [B, T], or states [B, T, H] where the run does not begin at block 0 -> states [B, T, H]."""
-        given = {"inputs_embeds": x} if self._start else {"input_ids": x}
+        """Token ids [B, T], or states [B, T, H] where the run does not begin with the embedding -> states [B, T, H]."""
+        given = {"inputs_embeds": x} if self._on_states else {"input_ids": x}
         return self.decoder(**given, use_cache=False).last_hidden_state
 
     def whole_name(self, name: str) -> str:
@@ -77,7 +81,7 @@ class Upper(nn.Module):
         family, whole_class = FAMILIES[config.model_type], causal_lm_class(config)
         self.model = whole_class(_untied(cut_layers(config, start, config.num_hidden_layers)))
         decoder = self.model.base_model
-        _take_states(decoder, config)
+        take_states(decoder, config)
         lead = f"{whole_class.base_model_prefix}.{family.layers}"
         mine = self.model.state_dict()
         self.model.load_state_dict({name: tensors[rename(name, lead, start)] for name in mine}, strict=False)
@@ -101,7 +105,7 @@ def _untied(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _take_states(decoder: nn.Module, config: PreTrainedConfig) -> None:
+def take_states(decoder: nn.Module, config: PreTrainedConfig) -> None:
     """Leave out what comes before the first block: the caller's states have it already."""
     family = FAMILIES[config.model_type]
     setattr(decoder, family.embedding, nn.Identity())

@@ -32,18 +32,17 @@ def run(
         base: weights of a public relative to start from, instead of noise.
         report: called after each optimiser step.
     """
-    states = victim.query(queries)
+    x, states = victim.model_input(queries), victim.query(queries)
     thief = start_model(victim, seed, base)
     lead = f"{thief.base_model_prefix}."
     weights = {name.removeprefix(lead): value for name, value in thief.state_dict().items()}
     sealed = victim.sealed
-    x = queries
     if sealed.start:  # the layers below are open: their output is the input of the sealed ones
-        below = Blocks(victim.config, 0, sealed.start).requires_grad_(False)
+        below = Blocks(victim.config, 0, sealed.start, victim.on_states).requires_grad_(False)
         below.load(weights)
         with torch.no_grad():
-            x = torch.cat([below(part) for part in queries.split(settings.batch)])
-    module = Blocks(victim.config, sealed.start, sealed.stop).requires_grad_(False)
+            x = torch.cat([below(part) for part in x.split(settings.batch)])
+    module = Blocks(victim.config, sealed.start, sealed.stop, victim.on_states).requires_grad_(False)
     module.load(weights)
     unknown = [
         value
