@@ -1,6 +1,7 @@
 """The command line: one verb per command, thin. Results go to standard output, everything else to standard error."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 import semiopen
@@ -23,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from semiopen.protocol.messages import Welcome
+    from semiopen.vendor.plan_file import PlanDocument
+    from semiopen.vendor.recovery import Price
 
 app = typer.Typer(
     add_completion=False,
@@ -30,10 +42,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Ship a proprietary LLM to a customer's machine: a few layers sealed, the rest at full speed.\n\n"
-    "At the vendor:    [bold]keygen[/bold], [bold]seal[/bold]\n\n"
+    "At the vendor:    [bold]keygen[/bold], [bold]plan[/bold], [bold]seal[/bold]\n\n"
     "At the customer:  [bold]verify[/bold], [bold]inspect[/bold], [bold]chat[/bold], [bold]generate[/bold], "
-    "[bold]enclave[/bold], [bold]serve[/bold]\n\n"
-    "For both:         [bold]compare[/bold]",
+    "[bold]enclave[/bold], [bold]serve[/bold], [bold]tune[/bold]\n\n"
+    "For both:         [bold]compare[/bold], [bold]audit[/bold]",
 )
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -54,6 +66,44 @@ Threads = Annotated[int, typer.Option(help="CPU threads of the enclave and of th
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 Temperature = Annotated[float, typer.Option(help="0 answers greedily; higher samples more freely.", min=0.0)]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Adapter = Annotated[
+    Path | None, typer.Option(help="Adapter on the open blocks: the folder that 'semiopen tune' or PEFT has written.")
+]
+
+
+TRAINING, KEPT = "Training", "What is kept, and resuming"  # panels of `tune --help`
+
+
+class LossKind(StrEnum):
+    """Which tokens of an example are learned."""
+
+    completion = "completion"
+    all = "all"
+
+
+class ScheduleKind(StrEnum):
+    """How a learning rate falls."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class StatesKind(StrEnum):
+    """Where the states of private data are kept while tuning."""
+
+    disk = "disk"
+    memory = "memory"
+
+
+class Attack(StrEnum):
+    """What can be run against a bundle."""
+
+    none = "none"
+    sem = "sem"
+    ft_closed = "ft_closed"
+    ft_all = "ft_all"
+    base_graft = "base_graft"
 
 
 class EngineName(StrEnum):
@@ -129,20 +179,174 @@ def seal(
         typer.Option(help="Decoder blocks to seal, from the bottom; the embedding always is.", min=0),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="embedding, bottom (an eighth of the blocks; the default) or whole.")
+        str | None,
+        typer.Option(
+            help="embedding, bottom (an eighth of the blocks; the default), whole, or solid (measures the model's "
+            "distillation difficulty first, see `semiopen plan`)."
+        ),
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="plan.json, made for this model by `semiopen plan`.")] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Texts that --preset solid measures on; without, the model samples its own."),
     ] = None,
 ) -> None:
     """Seal a model: write a bundle whose bottom layers only an enclave can open.
 
     Example: semiopen seal ./my-model --out my-bundle --keys vendor-keys --prefix 2
+
+    Example: semiopen seal ./my-model --out my-bundle --keys vendor-keys --plan plan.json
     """
     from semiopen.vendor.seal import seal as seal_model
 
-    with _progress() as report:
-        manifest = seal_model(model, bundle, keys, prefix, preset, report)
+    with _progress() if preset != "solid" else _steps() as report:
+        manifest = seal_model(model, bundle, keys, prefix, preset, report, plan=plan, texts=texts)
     err.print(f"Sealed {manifest.plan.prefix} of {manifest.num_layers} blocks and the embedding into {bundle}.")
     if manifest.open_embedding:
         err.print("The embedding is tied to the open head, so its matrix is open as well; the blocks are sealed.")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Model folder, or hub id.", show_default=False)],
+    to: Annotated[Path, typer.Option("--out", help="File to write, for `semiopen seal --plan`.", show_default=False)],
+    public_base: Annotated[
+        str | None,
+        typer.Option(
+            help="Public model of the same shapes that this one was made from. A thief has it, and starts there.",
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Texts to measure on: plain, or JSONL with a field text. Without, the model writes some."),
+    ] = None,
+    epsilon: Annotated[
+        float, typer.Option(help="Rule: the smallest prefix whose difficulty is at least (1 - epsilon) of all's.")
+    ] = 0.05,
+    draws: Annotated[int, typer.Option(help="Random draws behind each difficulty.", min=1)] = 5,
+    curve: Annotated[bool, typer.Option("--curve", help="Measure every prefix, not only those bisection needs.")] = (
+        False
+    ),
+    attack_budget: Annotated[
+        int | None,
+        typer.Option(help="Tokens that an attack may query: shows what the plan protects. Needs memory and time."),
+    ] = None,
+    needed_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that the customer needs; the attack's whole budget when left out.", min=1)
+    ] = None,
+    agreement: Annotated[float, typer.Option(help="Share of tokens that a copy may get right.")] = 0.8,
+    max_slowdown: Annotated[
+        float, typer.Option(help="Acceptable time per step, protected over plain, at one request.", min=1.0)
+    ] = 1.5,
+    candidates: Annotated[
+        str | None, typer.Option(help="Prefixes to attack, such as 1,2,4. Left out: powers of two and the rule's.")
+    ] = None,
+    attack_steps: Annotated[int, typer.Option(help="Optimiser steps of one attack; fewer flatter the plan.")] = 1000,
+    attack_seeds: Annotated[int, typer.Option(help="Attacks per number of tokens.")] = 2,
+    sequences: Annotated[int, typer.Option(help="Texts to measure on, of 128 tokens each.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
+    threads: Threads = 0,
+) -> None:
+    """Choose how many blocks to seal, and say what that protects and costs.
+
+    Two answers. Distillation difficulty is quick and holds one block in memory: how bad is the model when the sealed
+    layers are replaced? It says where a thief starts, not what the rest costs. With --attack-budget the planner also
+    attacks: how many tokens buy a copy? Where the two differ the attack decides.
+
+    Example: semiopen plan ./my-model --texts texts.jsonl --out plan.json
+
+    Example: semiopen plan ./my-model --public-base ./base --texts texts.jsonl --attack-budget 65536 --out plan.json
+    """
+    _settle_threads(threads)
+    from semiopen.vendor.plan_file import write_plan
+    from semiopen.vendor.planner import PlanOptions, make_plan
+
+    options = PlanOptions(
+        epsilon=epsilon,
+        draws=draws,
+        curve=curve,
+        sequences=sequences,
+        attack_budget=attack_budget,
+        needed_tokens=needed_tokens,
+        agreement=agreement,
+        max_slowdown=max_slowdown,
+        candidates=_whole_numbers(candidates) if candidates else None,
+        attack_steps=attack_steps,
+        attack_seeds=attack_seeds,
+        seed=seed,
+    )
+    if not to.absolute().parent.is_dir():
+        raise SemiopenError(f"{to.absolute().parent} is not a folder; make it, or give another --out.")
+    with _steps() as report:
+        document = make_plan(model, options, public_base, texts, report)
+    write_plan(document, to)
+    _show_plan(document)
+    err.print(f"Written to {to}; seal with: semiopen seal {model} --plan {to} --out BUNDLE --keys KEYS", soft_wrap=True)
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise SemiopenError(f"{text!r} is not a list of numbers; write them as 1,2,4.") from None
+
+
+def _show_plan(document: "PlanDocument") -> None:
+    facts, texts = document.model, document.texts
+    out.print(
+        f"{facts.architecture}, {facts.num_layers} blocks, {facts.parameters:,} parameters; measured on "
+        f"{texts.sequences} texts of {texts.sequence_tokens} tokens "
+        + ("from the file" if texts.source == "file" else "that the model wrote")
+    )
+    for difficulty in document.difficulties:
+        start = "fresh layers" if difficulty.start == "noise" else "the public base's layers"
+        out.print(f"\nLoss with {start} in place of the sealed ones ({difficulty.evaluations} evaluations):")
+        table = Table("sealed", "DD (nats)", "tokens right", box=None, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_row("nothing", f"{difficulty.unharmed_loss:.3f}", "100.0%")
+        for harm in difficulty.table:
+            error = "" if harm.standard_error is None else f" ± {harm.standard_error:.3f}"
+            mark = "  rule" if harm.prefix == difficulty.rule_prefix else ""
+            table.add_row(f"{harm.prefix}", f"{harm.loss:.3f}{error}", f"{harm.agreement:.1%}{mark}")
+        out.print(table)
+    if document.attack:
+        levels = [price.agreement for price in document.attack.curves[0].prices]
+        out.print("\nTokens with which the attack (SEM) gets a share of tokens right, and their 95 % interval:")
+        table = Table(
+            "sealed", *(f"{level:.0%}" for level in levels), box=None, padding=(0, 2, 0, 0), header_style="bold"
+        )
+        for curve in document.attack.curves:
+            table.add_row(f"{curve.prefix}", *(_bought(price) for price in curve.prices))
+        out.print(table)
+    out.print("\nCosts:")
+    columns = ("sealed", "parameters", "multiply-adds", "enclave weights", "and per token", "slowdown, 1", "8 requests")
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    shown = {1, document.plan.prefix, facts.num_layers}
+    shown |= {harm.prefix for difficulty in document.difficulties for harm in difficulty.table}
+    shown |= {curve.prefix for curve in document.attack.curves} if document.attack else set()
+    for cost in document.costs:
+        if cost.prefix in shown:
+            table.add_row(
+                f"{cost.prefix}{'  plan' if cost.prefix == document.plan.prefix else ''}",
+                f"{cost.parameter_share:.1%}",
+                f"{cost.multiply_add_share:.1%}",
+                _size(cost.weight_bytes),
+                _size(cost.kv_bytes_per_token),
+                f"{cost.slowdown_1:.2f}",
+                f"{cost.slowdown_8:.2f}",
+            )
+    out.print(table)
+    out.print()
+    for sentence in document.findings:
+        out.print(_plain(sentence), soft_wrap=True)
+    for sentence in document.warnings:
+        out.print(f"[yellow]Warning:[/yellow] {_plain(sentence)}", soft_wrap=True)
+    budget = "" if document.proposed_tokens is None else f"; propose a lease of {document.proposed_tokens:,} tokens"
+    out.print(f"[bold]Plan: seal {document.plan.prefix} of {facts.num_layers} blocks and the embedding{budget}.[/bold]")
+
+
+def _bought(price: "Price") -> str:
+    tokens, low, high = ("more" if value is None else f"{value:,}" for value in (price.tokens, price.low, price.high))
+    return f"{tokens} ({low} - {high})" if price.low is not None else "more than tried"
 
 
 @app.command()
@@ -264,6 +468,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
     keys: Keys = None,
     enclave: Enclave = None,
+    adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
     seed: Seed = None,
@@ -275,7 +480,7 @@ def generate(
 
     Example: semiopen generate my-bundle --keys vendor-keys --prompt "Once upon a time"
     """
-    model = _load(bundle, keys, enclave, dtype, threads)  # before torch is imported, see semiopen.host.load
+    model = _load(bundle, keys, enclave, dtype, threads, adapter)  # before torch is imported, see semiopen.host.load
 
     import torch
     from transformers import AutoTokenizer, TextStreamer
@@ -310,6 +515,7 @@ def chat(
     bundle: Bundle,
     keys: Keys = None,
     enclave: Enclave = None,
+    adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
     seed: Seed = None,
@@ -320,7 +526,7 @@ def chat(
 
     Example: semiopen chat my-bundle --keys vendor-keys
     """
-    model = _load(bundle, keys, enclave, dtype, threads)
+    model = _load(bundle, keys, enclave, dtype, threads, adapter)
 
     from transformers import AutoTokenizer
 
@@ -348,6 +554,7 @@ def serve(
     bundle: Bundle,
     keys: Keys = None,
     enclave: Enclave = None,
+    adapter: Adapter = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8000,
     engine: Annotated[EngineName, typer.Option(help="What runs the open blocks.")] = EngineName.transformers,
@@ -401,6 +608,7 @@ def serve(
         request_seconds=request_timeout,
         grace_seconds=grace,
         chat_template=chat_template,
+        adapter=adapter,
         dtype=dtype,
         threads=threads,
     )
@@ -412,6 +620,168 @@ def serve(
     for line in ready.notes:
         err.print(_plain(line), soft_wrap=True)
     launch.run(ready)
+
+
+@app.command()
+def tune(
+    bundle: Bundle,
+    data: Annotated[
+        Path,
+        typer.Option(help="Your data: JSON Lines (.jsonl) or plain text (.txt). It stays here.", show_default=False),
+    ],
+    adapter: Annotated[Path, typer.Option("--out", help="Folder of the adapter; must not exist.", show_default=False)],
+    keys: Keys = None,
+    enclave: Enclave = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest example in tokens; longer ones lose their end. \\[default: the context, 1024 at most]"
+        ),
+    ] = None,
+    loss: Annotated[
+        LossKind,
+        typer.Option(help="What to learn: completions and the assistant's turns, or all tokens. Of a text, all."),
+    ] = LossKind.completion,
+    eval_share: Annotated[
+        float, typer.Option(help="Share of the examples held back, to tell the loss on. 0 for none.", min=0, max=0.9)
+    ] = 0.05,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=TRAINING)] = 3.0,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.", rich_help_panel=TRAINING)] = 2e-4,
+    schedule: Annotated[
+        ScheduleKind, typer.Option(help="How the rate falls after its warm-up.", rich_help_panel=TRAINING)
+    ] = ScheduleKind.cosine,
+    warmup: Annotated[
+        float, typer.Option(help="Share of all steps in which the rate rises.", min=0, rich_help_panel=TRAINING)
+    ] = 0.03,
+    batch_size: Annotated[
+        int, typer.Option(help="Examples in the model at once.", min=1, rich_help_panel=TRAINING)
+    ] = 8,
+    accumulate: Annotated[
+        int, typer.Option(help="Batches of one step of the optimiser.", min=1, rich_help_panel=TRAINING)
+    ] = 1,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", min=0, rich_help_panel=TRAINING)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same adapter.", min=0, rich_help_panel=TRAINING)] = 0,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=TRAINING),
+    ] = False,
+    rank: Annotated[int, typer.Option(help="Rank of LoRA.", min=1, rich_help_panel=TRAINING)] = 16,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="LoRA's part is scaled by alpha / rank. \\[default: 2 x rank]", rich_help_panel=TRAINING),
+    ] = None,
+    dropout: Annotated[float, typer.Option(help="Of LoRA.", min=0, rich_help_panel=TRAINING)] = 0.0,
+    targets: Annotated[
+        str,
+        typer.Option(help="Modules to adapt: names with commas, such as q_proj,v_proj.", rich_help_panel=TRAINING),
+    ] = "all-linear",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=KEPT)
+    ] = False,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints, which --resume needs.", min=1, rich_help_panel=KEPT)
+    ] = 100,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of what a resumed run needs; removed at the end. \\[default: OUT.work]", rich_help_panel=KEPT
+        ),
+    ] = None,
+    states: Annotated[
+        StatesKind,
+        typer.Option(
+            help="Where the prefix's states are kept. memory: never on disk, and --resume asks the enclave again.",
+            rich_help_panel=KEPT,
+        ),
+    ] = StatesKind.disk,
+    keep_states: Annotated[
+        bool,
+        typer.Option(
+            "--keep-states",
+            help="Leave the states in the work folder: further runs on the same data cost no tokens.",
+            rich_help_panel=KEPT,
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or bfloat16; the bundle's own when left out, float32 where that is float16."),
+    ] = None,
+    threads: Threads = 0,
+) -> None:
+    """Fine-tune the open blocks on private data (LoRA). The data stays here; the enclave sees each example once.
+
+    Each line of a .jsonl file is one example, in any of three shapes:
+
+    {"text": "..."}, {"prompt": "...", "completion": "..."}, or
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+
+    A .txt file is cut into examples of --max-length tokens.
+
+    Example: semiopen tune my-bundle --keys vendor-keys --data letters.jsonl --out my-adapter, then
+    semiopen chat my-bundle --keys vendor-keys --adapter my-adapter
+    """
+    _check_enclave_given(keys, enclave)
+    _settle_threads(threads)
+    with err.status("Preparing ..."):
+        try:
+            from semiopen.host.tuning import run
+            from semiopen.host.tuning.settings import TuneSettings
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("semiopen"):
+                raise
+            raise SemiopenError(
+                f"Tuning needs the package {error.name}; install it with: pip install 'semiopen[tune]'"
+            ) from None
+    settings = TuneSettings(
+        rank=rank,
+        alpha=alpha or 2 * rank,
+        dropout=dropout,
+        targets="all-linear" if targets == "all-linear" else tuple(name.strip() for name in targets.split(",")),
+        epochs=epochs,
+        learning_rate=lr,
+        warmup=warmup,
+        schedule=schedule.value,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        weight_decay=weight_decay,
+        max_length=max_length,
+        loss=loss.value,
+        eval_share=eval_share,
+        seed=seed,
+        gradient_checkpointing=gradient_checkpointing,
+        save_every=save_every,
+    )
+    with _progress(MofNCompleteColumn(), TimeRemainingColumn()) as report:
+        result = run.tune(
+            bundle,
+            data,
+            adapter,
+            keys,
+            None if keys else enclave,
+            settings,
+            dtype=dtype,
+            threads=threads,
+            work=work,
+            states=states.value,
+            keep_states=keep_states,
+            resume=resume,
+            progress=report,
+            say=lambda line: err.print(_plain(line), soft_wrap=True),
+        )
+    if as_json:
+        print(json.dumps({"adapter": str(adapter), **dataclasses.asdict(result)}))
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    before, after = result.loss_before, result.loss_after
+    if before is not None and after is not None:
+        table.add_row("loss", f"{before:.4f} before, {after:.4f} after (nats per token, {result.held_back} held back)")
+    reused = f"; {result.reused_tokens:,} reused from an earlier run" if result.reused_tokens else ""
+    table.add_row("enclave", f"{result.enclave_tokens:,} tokens, metered{reused}")
+    table.add_row("", f"{result.tokens * epochs:,.0f} without keeping the states, over {epochs:g} epochs")
+    table.add_row("training", f"{result.steps:,} steps in {result.training_seconds:.1f} s")
+    table.add_row("adapter", f"{adapter}, {result.trained_parameters:,} parameters")
+    out.print(table)
 
 
 @app.command()
@@ -467,6 +837,120 @@ def compare(
     out.print("[green]All tokens equal; no sealed weight in plain form.[/green]")
 
 
+@app.command()
+def audit(
+    bundle: Bundle,
+    to: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="Folder of the report. If an earlier audit of the same was interrupted there, it goes on.",
+            show_default=False,
+        ),
+    ],
+    keys: Keys = None,
+    enclave: Enclave = None,
+    attack: Annotated[
+        list[Attack] | None,
+        typer.Option(
+            help="May be given several times. sem fits the sealed blocks to their states; ft_closed and ft_all train "
+            "through the whole model; base_graft needs --public-base; none asks nothing, and always runs. "
+            "\\[default: sem, ft_closed and ft_all; --quick: sem]",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="A thief's budget; may be given several times. ft_closed and ft_all run at the largest two. "
+            "\\[default: 2048, 8192, 32768 and, without --quick, 131072]",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="Runs per budget. \\[default: 2; --quick: 1]", min=1, max=100, show_default=False),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Optimiser steps of a run; few flatter the plan. \\[default: 600; --quick: 200]",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="What to ask and to mark with: plain text, or JSONL with a field text; best what the customer's own "
+            "prompts look like. Without, the model writes some."
+        ),
+    ] = None,
+    public_base: Annotated[
+        str | None,
+        typer.Option(help="Public model of the same shapes that this one was made from: a thief starts there as well."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look, in minutes; what holds in it shows little.")] = (
+        False
+    ),
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, bfloat16 or float16; float32 with --keys, else the bundle's own."),
+    ] = None,
+    threads: Threads = 0,
+) -> None:
+    """Attack a bundle through its enclave: how many tokens buy a copy, and what is a lease to allow?
+
+    Writes report.html (one page, for people), report.json and outcomes.jsonl. Every claim gets a verdict: it holds,
+    it is broken, or it is not shown. A broken claim is a result, not an error: the exit status is 0.
+
+    Example: semiopen audit my-bundle --keys vendor-keys --quick --out first-look
+
+    Example: semiopen audit my-bundle --keys vendor-keys --texts texts.jsonl --tokens 4096 --tokens 65536 --out audit
+    """
+    _check_enclave_given(keys, enclave)
+    _settle_threads(threads)
+    with err.status("Preparing ..."):
+        from semiopen.audit.report import HTML_NAME
+        from semiopen.audit.run import AuditOptions
+        from semiopen.audit.run import audit as run_audit
+
+    options = AuditOptions.of([one.value for one in attack or ()], tokens, seeds, steps, quick)
+    if Attack.base_graft in (attack or ()) and public_base is None:
+        raise SemiopenError("base_graft puts a public relative's layers in place; give it as --public-base MODEL.")
+    words: list[object] = ["semiopen", "audit", bundle, *(("--keys", keys) if keys else ("--enclave", enclave))]
+    words += [word for budget in tokens or () for word in ("--tokens", budget)]
+    given = {"--seeds": seeds, "--steps": steps, "--texts": texts, "--public-base": public_base, "--dtype": dtype}
+    words += [word for name, value in given.items() if value is not None for word in (name, value)]
+    words += ["--quick"] if quick else []
+    try:
+        with _work() as report:
+            result = run_audit(
+                bundle,
+                to,
+                options,
+                keys,
+                None if keys else enclave,
+                dtype=dtype,
+                threads=threads,
+                texts=texts,
+                public_base=public_base,
+                command=tuple(str(word) for word in words),
+                progress=report,
+                say=lambda line: err.print(_plain(line), soft_wrap=True),
+            )
+    except KeyboardInterrupt:
+        err.print(f"\nStopped. What is done is kept in {_plain(str(to))}; the same command goes on.", soft_wrap=True)
+        raise
+    colours = {"holds": "green", "broken": "red", "not shown": "yellow"}
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for verdict in result.verdicts:
+        table.add_row(f"[{colours[verdict.status]}]{verdict.status}[/]", _plain(verdict.claim))
+    out.print(table)
+    out.print(f"\n{_plain(result.verdicts[0].words)}", soft_wrap=True)
+    err.print(f"The whole report: {_plain(str(to / HTML_NAME))}", soft_wrap=True)
+
+
 def _check_enclave_given(keys: Path | None, enclave: Path | None) -> None:
     if keys is None and enclave is None:
         raise SemiopenError("Give --keys FOLDER to start a dev enclave, or --enclave SOCKET of a running one.")
@@ -479,13 +963,27 @@ def _settle_threads(threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-def _load(bundle: Path, keys: Path | None, enclave: Path | None, dtype: str | None, threads: int) -> "PreTrainedModel":
+def _load(
+    bundle: Path,
+    keys: Path | None,
+    enclave: Path | None,
+    dtype: str | None,
+    threads: int,
+    adapter: Path | None = None,
+) -> "PreTrainedModel":
     _check_enclave_given(keys, enclave)
     with err.status("Starting the enclave and opening the bundle ..."):
         from semiopen.host.load import load
+        from semiopen.host.tuning.adapter_files import check_adapter
 
+        if adapter is not None:
+            check_adapter(adapter, bundle)
         _settle_threads(threads)
         model = load(bundle, keys=keys, enclave=None if keys else enclave, dtype=dtype, threads=threads)
+        if adapter is not None:
+            from semiopen.host.tuning.adapters import put_adapter
+
+            model = put_adapter(model, adapter)
     welcome = _welcome(model)
     _banner(welcome.enclave, welcome.measures, False)
     return model
@@ -547,8 +1045,45 @@ def _size(nbytes: int) -> str:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+def _steps() -> Iterator[Callable[[str, int, int], None]]:
+    """As `_progress`, counting steps; a bar that is done goes, as plans have many."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=err, transient=True
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+            if done >= total:
+                bars.remove_task(tasks.pop(what))
+
+        yield report
+
+
+@contextlib.contextmanager
+def _work() -> Iterator[Callable[[str, float, float], None]]:
+    """One bar over many things, with the time that is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bars:
+        tasks: dict[float, Any] = {}
+
+        def report(what: str, done: float, total: float) -> None:
+            if total not in tasks:
+                for task in tasks.values():
+                    bars.remove_task(task)
+                tasks.clear()
+                tasks[total] = bars.add_task("", total=total)
+            bars.update(tasks[total], completed=done, description=_plain(what))
+
+        yield report
+
+
+@contextlib.contextmanager
+def _progress(*counts: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each thing that is done; `counts` say how far it is, by default in bytes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), *(counts or (DownloadColumn(),)))
     with Progress(*columns, console=err, transient=True) as bars:
         tasks: dict[str, Any] = {}
 

@@ -105,3 +105,14 @@ def test_the_open_part_is_a_model_whose_input_is_the_real_one_s_states(name):
     torch.testing.assert_close(
         answer(start_model(control, 0, truth), control.model_input(ids)), want, atol=1e-5, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_thief_s_noise_is_not_what_the_victim_was_initialised_with(seed):
+    """A seed that both share would hand the sealed weights over, without any query."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["llama"])).eval()
+    thief = start_model(PlainVictim(model, SealedSet.prefix(2)), seed)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    pair = torch.stack([model.state_dict()[name].flatten(), thief.state_dict()[name].flatten()])
+    assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.2

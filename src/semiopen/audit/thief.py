@@ -1,6 +1,7 @@
 """What a thief ends up with: a whole model with the open weights in place and something of its own for the sealed."""
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -35,7 +36,8 @@ def start_model(victim: Victim, seed: int, base: Mapping[str, torch.Tensor] | No
         SemiopenError: the relative has other shapes.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        # Not the number itself: a model that was initialised from the same one would be guessed, weight by weight.
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"thief {seed}".encode()).digest()[:8], "little", signed=True))
         model = cast(PreTrainedModel, causal_lm_class(victim.config)(copy.deepcopy(victim.config)))
     if victim.on_states:
         take_states(model.base_model, victim.config)

@@ -14,7 +14,7 @@ from semiopen.bundle.manifest import Manifest
 from semiopen.bundle.writer import BundleWriter
 from semiopen.errors import SemiopenError, UnsupportedModelError
 from semiopen.model.checkpoint import weight_files
-from semiopen.model.plan import plan_for
+from semiopen.model.plan import Plan, plan_for
 from semiopen.model.split import Part, Split, check_supported, split_config
 from semiopen.version import VERSION
 
@@ -42,6 +42,8 @@ def seal(
     prefix: int | None = None,
     preset: str | None = None,
     progress: Progress | None = None,
+    plan: str | Path | None = None,
+    texts: str | Path | None = None,
 ) -> Manifest:
     """Seal a decoder model into a bundle.
 
@@ -52,8 +54,10 @@ def seal(
         out: folder of the bundle; must not exist.
         keys: key folder of the vendor, made by `semiopen keygen`.
         prefix: decoder blocks to seal, from the bottom; the token embedding is always sealed.
-        preset: name of a plan instead of `prefix`; "bottom" when neither is given.
+        preset: name of a plan instead of `prefix`; "bottom" when neither is given. "solid" measures the model first.
         progress: called as work goes on.
+        plan: plan.json that `semiopen plan` wrote for a model of this shape, instead of `prefix` and `preset`.
+        texts: file of texts that "solid" measures on; without, the model samples its own.
 
     Returns:
         The manifest that was written.
@@ -61,12 +65,12 @@ def seal(
     Raises:
         UnsupportedModelError: the model cannot be split exactly.
         SemiopenError: the model folder or the keys are not usable.
-        ValueError: prefix or preset out of range.
+        ValueError: prefix or preset out of range, or more than one of prefix, preset and plan.
     """
     folder = find_model(model)
-    config = _read_config(folder)
-    plan = plan_for(config.num_hidden_layers, prefix, preset)
-    split = split_config(config, plan.prefix)
+    config = read_config(folder)
+    chosen = _choose_plan(folder, config, prefix, preset, plan, texts, progress)
+    split = split_config(config, chosen.prefix)
     shards = weight_files(folder)
     report = progress or (lambda what, done, total: None)
     total = sum(shard.stat().st_size for shard in shards)
@@ -92,13 +96,42 @@ def seal(
         _check_complete(split, sealed)
         writer.add_sealed(sealed)
         return writer.finish(
-            plan=plan,
+            plan=chosen,
             architecture=split.architecture,
             num_layers=split.num_layers,
             open_embedding=split.tied,
             created_by=f"semiopen {VERSION}",
             progress=lambda done, total: report("signing", done, total),
         )
+
+
+def _choose_plan(
+    folder: Path,
+    config: PreTrainedConfig,
+    prefix: int | None,
+    preset: str | None,
+    plan: str | Path | None,
+    texts: str | Path | None,
+    progress: Progress | None,
+) -> Plan:
+    # Imported on use: the planner reads models with what is in this file, and needs the attacks.
+    if texts is not None and preset != "solid":
+        raise ValueError("Texts are for the preset solid alone; leave --texts out, or give --preset solid.")
+    if plan is not None:
+        if prefix is not None or preset is not None:
+            raise ValueError("Give --plan, --prefix or --preset, only one of them.")
+        from semiopen.vendor.plan_file import check_plan_fits, read_plan
+
+        document = read_plan(Path(plan))
+        check_plan_fits(document, folder, config)
+        return document.plan
+
+    def measure() -> int:
+        from semiopen.vendor.planner import make_plan
+
+        return make_plan(folder, texts=texts, progress=progress).plan.prefix
+
+    return plan_for(config.num_hidden_layers, prefix, preset, measure)
 
 
 def find_model(model: str | Path) -> Path:
@@ -118,7 +151,13 @@ def find_model(model: str | Path) -> Path:
         ) from error
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a model that can be sealed.
+
+    Raises:
+        UnsupportedModelError: it cannot be split exactly, or is a bundle.
+        SemiopenError: there is no config.json.
+    """
     if not (folder / "config.json").is_file():
         raise SemiopenError(f"{folder} has no config.json; give the folder of a transformers model.")
     data = json.loads((folder / "config.json").read_bytes())

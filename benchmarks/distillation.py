@@ -1,0 +1,323 @@
+#!/usr/bin/env python3
+"""What sealed layers buy: attacks on trained models over sealed sets, budgets and seeds, and what predicts them.
+
+    python benchmarks/distillation.py --texts TEXTS positions depth sets base size
+    python benchmarks/distillation.py --texts TEXTS --quick positions
+    python benchmarks/distillation.py --tables
+
+Parts:
+
+- positions: the same number of sealed blocks at the bottom, in the middle, at the top; all blocks; the baselines of
+  the literature (all but the lowest, the last one). Four attacks, soft and hard labels, scores per skill.
+- depth: sealed prefixes with their embedding, SEM at growing budgets: what one more block costs a thief.
+- sets: many runs of blocks; does distillation difficulty (DD) rank them as the attacks do?
+- base: a fine-tune whose base is public: the base's layers in place of the sealed ones, and attacks from there.
+- size: SEM on one and two blocks of trained models of three widths, and of the same shapes untrained.
+
+The models are the lab's (lab/README.md). Each finished attack is a line in --out, so that a stopped run goes on there;
+delete the file to begin anew. --tables prints what is in it. Every attack asks only texts of the lab's attack split;
+all scores are on its evaluation split, which nothing else touches.
+
+Victims are played by models in the clear, as most of these sets no bundle can seal;
+tests/audit/test_victims.py shows that a real bundle gives the same states out.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import random
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import REPO, machine, print_machine, print_table, progress
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+sys.path.insert(0, str(REPO))
+from lab.skills import ASKED, MIXES, Skills, complete, pack
+from semiopen.audit.campaign import Campaign, Job, Outcome
+from semiopen.audit.score import Exam
+from semiopen.audit.training import Settings
+from semiopen.audit.victim import PlainVictim, SealedSet
+
+LAB = REPO / "lab" / "models"
+LENGTH = 128  # tokens of a query
+SEM = Settings(steps=400, batch=8, rates=(1e-3, 3e-3, 1e-2))
+FT = Settings(steps=300, batch=8, rates=(5e-4, 1.5e-3, 4e-3))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One attack on one victim."""
+
+    part: str
+    model: str
+    sealed: SealedSet
+    job: Job
+    skills: bool = False
+
+    @property
+    def key(self) -> str:
+        """What names it in --out."""
+        return json.dumps([self.part, self.model, asdict(self.sealed), self.job.model_dump()])
+
+
+def positions(quick: bool) -> Iterator[Cell]:
+    """Attacks on sets at the bottom, in the middle, at the top."""
+    sets = [SealedSet(0, 2), SealedSet(3, 5), SealedSet(5, 7), SealedSet(7, 9), SealedSet(10, 12)]
+    sets += [SealedSet(0, 12), SealedSet(2, 12), SealedSet(11, 12), SealedSet(0, 1), SealedSet.prefix(2)]
+    queries = 32 if quick else 512
+    for seed in range(1 if quick else 2):
+        for sealed in sets:
+            yield Cell("positions", "lab-scratch", sealed, job("none", "none", 0, seed), skills=True)
+            yield Cell("positions", "lab-scratch", sealed, job("sem", "states", queries, seed), skills=True)
+        for attack, labels in (("ft_closed", "soft"), ("ft_all", "soft"), ("ft_closed", "hard"), ("ft_all", "hard")):
+            for sealed in sets[:6] if attack == "ft_all" or labels == "hard" else sets:
+                yield Cell("positions", "lab-scratch", sealed, job(attack, labels, queries, seed), skills=True)
+
+
+def depth(quick: bool) -> Iterator[Cell]:
+    """SEM on growing prefixes."""
+    for seed in range(1 if quick else 2):
+        for queries in (16, 64) if quick else (16, 64, 256, 1024, 4096):
+            for blocks in (1, 2) if quick else (0, 1, 2, 3, 4, 6, 12):
+                yield Cell("depth", "lab-scratch", SealedSet.prefix(blocks), job("sem", "states", queries, seed))
+
+
+def sets(quick: bool) -> Iterator[Cell]:
+    """Cheap attacks on many runs of blocks."""
+    runs = [SealedSet(i, i + 1) for i in range(12)] + [SealedSet(i, i + 2) for i in range(0, 12, 2)]
+    runs += [SealedSet(i, i + 4) for i in range(0, 12, 4)]
+    for sealed in runs[::6] if quick else runs:
+        for seed in range(3):
+            yield Cell("sets", "lab-scratch", sealed, job("none", "none", 0, seed))
+        yield Cell("sets", "lab-scratch", sealed, job("sem", "states", 16, 0))
+        yield Cell("sets", "lab-scratch", sealed, job("ft_closed", "soft", 64, 0))
+
+
+def base(quick: bool) -> Iterator[Cell]:
+    """Attacks that have the base of a fine-tune."""
+    prefixes = (1, 2) if quick else (1, 2, 4, 6, 12)
+    for blocks in prefixes:
+        yield Cell("base", "lab-tuned", SealedSet.prefix(blocks), job("base_graft", "none", 0, 0, "base"), skills=True)
+    for queries, blocks in itertools.product((16,) if quick else (16, 128, 1024), prefixes[:3]):
+        for start in ("base", "noise"):
+            sealed = SealedSet.prefix(blocks)
+            yield Cell("base", "lab-tuned", sealed, job("sem", "states", queries, 0, start), skills=True)
+
+
+def size(quick: bool) -> Iterator[Cell]:
+    """SEM on models of other widths, trained and not."""
+    models = ("stories-4m", "lab-scratch", "lab-scratch:untrained", "stories-4m:untrained")
+    for name, blocks, queries in itertools.product(models, (1, 2), (16,) if quick else (16, 64, 256, 1024)):
+        yield Cell("size", name, SealedSet.prefix(blocks), job("sem", "states", queries, 0))
+
+
+PARTS = {"positions": positions, "depth": depth, "sets": sets, "base": base, "size": size}
+
+
+def job(attack: Any, labels: Any, queries: int, seed: int, start: Any = "noise") -> Job:
+    """A job that is no control."""
+    return Job(attack=attack, labels=labels, start=start, queries=queries, seed=seed)
+
+
+class Bench:
+    """Models and texts, made when they are needed."""
+
+    def __init__(self, texts: Path, quick: bool) -> None:
+        self.skills, self.quick = Skills(texts), quick
+
+    @cache  # noqa: B019 - one object, as long as the program
+    def model(self, name: str) -> PreTrainedModel:
+        """A model by name; with `:untrained`, a fresh one of its shape."""
+        folder, _, fresh = name.partition(":")
+        model = AutoModelForCausalLM.from_pretrained(LAB / folder, dtype=torch.float32).eval()
+        if fresh:
+            torch.manual_seed(1)
+            model = type(model)(model.config).float().eval()
+        return model
+
+    @cache  # noqa: B019
+    def tokenizer(self, name: str) -> Any:
+        """The tokenizer of a model."""
+        return AutoTokenizer.from_pretrained(LAB / name.partition(":")[0])
+
+    @cache  # noqa: B019
+    def rows(self, name: str, split: Any, count: int) -> torch.Tensor:
+        """[count, LENGTH] token ids of a split: stories, and for the lab's models questions too.
+
+        A thief does not know the right answers: those to its questions are what the victim writes.
+        """
+        tokenizer = self.tokenizer(name)
+        if not name.startswith("lab-"):
+            return pack(self.skills.documents(split, {"text": 1.0}), tokenizer, LENGTH, count)
+        answers = None
+        if split == "attack":
+            asked = [p.text for skill in ASKED for p in self.skills.prompts(skill, "attack", 40 if self.quick else 600)]
+            answers = complete(self.model(name.partition(":")[0]), tokenizer, asked)
+        return pack(self.skills.documents(split, MIXES["attacker"], answers=answers), tokenizer, LENGTH, count)
+
+    @cache  # noqa: B019
+    def victim(self, name: str, sealed: SealedSet) -> tuple[PlainVictim, Exam]:
+        """A model with a sealed set, and its exam."""
+        victim = PlainVictim(self.model(name), sealed)
+        return victim, Exam.of(victim, self.rows(name, "eval", 16 if self.quick else 64))
+
+    def marks(self, name: str, model: PreTrainedModel) -> dict[str, float]:
+        """Scores of the lab's skills."""
+        return self.skills.score(model, self.tokenizer(name), "eval", limit=10 if self.quick else 100)
+
+    def run(self, cell: Cell, report: Any) -> Outcome:
+        """Run one attack."""
+        victim, exam = self.victim(cell.model, cell.sealed)
+        most = 64 if self.quick else 4096
+        campaign = Campaign(
+            victim,
+            self.rows(cell.model, "attack", most),
+            exam,
+            SEM if cell.job.attack == "sem" else FT,
+            base=self.model("lab-base").state_dict() if cell.job.start == "base" else None,
+            skills=(lambda model: self.marks(cell.model, model)) if cell.skills else None,
+        )
+        return campaign.run(cell.job, report)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--texts", type=Path, help="folder with tinystories-sample/tinystories.txt")
+    parser.add_argument("--out", type=Path, default=REPO / "docs" / "results" / "distillation.jsonl")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--shard", default="0/1", metavar="I/N", help="run every Nth attack from the Ith on, to share work"
+    )
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tables", action="store_true", help="only print what --out holds")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no part is called {sorted(unknown)[0]!r}; parts are: {', '.join(PARTS)}")
+    if not options.tables:
+        if options.texts is None or not options.parts:
+            parser.error("give --texts FOLDER and at least one part, or --tables")
+        torch.set_num_threads(options.threads)
+        run(options)
+    tables(read(options.out))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run what is not done yet."""
+    about = machine()
+    print_machine(about)
+    done = {line["key"] for line in read(options.out)}
+    index, count = map(int, options.shard.split("/"))
+    cells = [cell for part in options.parts for cell in PARTS[part](options.quick)]
+    left = [cell for cell in cells[index::count] if cell.key not in done]
+    bench = Bench(options.texts, options.quick)
+    with progress() as bar, options.out.open("a") as file:
+        overall = bar.add_task("attacks", total=len(left))
+        one = bar.add_task("steps", total=1)
+        for cell in left:
+            bar.update(one, description=f"{cell.part}: {cell.sealed}, {cell.job}", completed=0, total=1)
+            outcome = bench.run(cell, lambda steps, total: bar.update(one, completed=steps, total=total))
+            line = {
+                "key": cell.key,
+                "part": cell.part,
+                "model": cell.model,
+                "sealed": asdict(cell.sealed),
+                "commit": about["commit"],
+                "outcome": outcome.model_dump(),
+            }
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            bar.advance(overall)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The finished attacks."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def tables(lines: list[dict[str, Any]]) -> None:
+    """Print what was found, a table a part; means over seeds."""
+    for part in PARTS:
+        groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+        for line in lines:
+            if line["part"] == part:
+                job = line["outcome"]["job"]
+                name = (
+                    line["model"],
+                    line["outcome"]["sealed"],
+                    job["attack"],
+                    job["labels"],
+                    job["start"],
+                    job["queries"],
+                )
+                groups[name].append(line["outcome"])
+        rows = [[*name, len(found), *_means(found)] for name, found in groups.items()]
+        if rows:
+            header = ["model", "sealed", "attack", "labels", "start", "queries", "seeds", "agreement", "excess", "KL"]
+            print_table(part, header, rows)
+    if found := [line for line in lines if line["part"] == "sets"]:
+        print_table("DD against attacks", ["attack", "sets", "rank correlation", "95 %"], list(correlations(found)))
+
+
+def _means(outcomes: Iterable[dict[str, Any]]) -> list[str]:
+    scores = [outcome["score"] for outcome in outcomes]
+    excess = statistics.fmean(s["loss"] - s["victim_loss"] for s in scores)
+    return [
+        f"{statistics.fmean(s['agreement'] for s in scores):.3f}",
+        f"{excess:.3f}",
+        f"{statistics.fmean(s['kl'] for s in scores):.3f}",
+    ]
+
+
+def correlations(lines: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """Does the loss with fresh layers (DD) rank sealed sets by how much an attack leaves unrecovered?"""
+    difficulty: dict[str, list[float]] = defaultdict(list)
+    left: dict[str, dict[str, float]] = defaultdict(dict)
+    for line in lines:
+        outcome, sealed = line["outcome"], line["outcome"]["sealed"]
+        attack, score = outcome["job"]["attack"], outcome["score"]
+        if attack == "none":
+            difficulty[sealed].append(score["loss"])
+        else:
+            left[attack][sealed] = 1 - score["agreement"]
+    for attack, by_set in left.items():
+        pairs = [(statistics.fmean(difficulty[s]), value) for s, value in by_set.items() if s in difficulty]
+        low, high = bootstrap(pairs)
+        yield [attack, str(len(pairs)), f"{spearman(pairs):.2f}", f"{low:.2f} to {high:.2f}"]
+
+
+def spearman(pairs: list[tuple[float, float]]) -> float:
+    """Rank correlation."""
+    ranks = [_ranks([pair[i] for pair in pairs]) for i in (0, 1)]
+    try:
+        return statistics.correlation(*ranks)
+    except statistics.StatisticsError:
+        return math.nan
+
+
+def _ranks(values: list[float]) -> list[float]:
+    return [sum(other < value for other in values) + (values.count(value) - 1) / 2 for value in values]
+
+
+def bootstrap(pairs: list[tuple[float, float]], draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of the rank correlation, over the sealed sets."""
+    rng = random.Random(0)
+    found = [spearman(rng.choices(pairs, k=len(pairs))) for _ in range(draws)]
+    kept = sorted(value for value in found if not math.isnan(value))
+    if not kept:
+        return math.nan, math.nan
+    return kept[int(0.025 * len(kept))], kept[int(0.975 * (len(kept) - 1))]
+
+
+if __name__ == "__main__":
+    main()
