@@ -1,5 +1,6 @@
 """What `semiopen serve` does: check everything that is quick to check, open the engine, listen."""
 
+import hashlib
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from semiopen.host.serving import server
 from semiopen.host.serving.api import SAMPLING_DEFAULTS, Settings, create_app
 from semiopen.host.serving.engine import Engine
 from semiopen.host.serving.transport import Guard
+from semiopen.host.tuning.adapter_files import WEIGHTS_NAME, check_adapter
 
 API_KEY_SETTING = "SEMIOPEN_API_KEY"  # environment variable: API keys, one per line
 _LOOPBACK = ("127.", "::1", "localhost")
@@ -39,6 +41,7 @@ class Options:
     request_seconds: float = 600.0
     grace_seconds: float = 30.0
     chat_template: Path | None = None
+    adapter: Path | None = None
     dtype: str | None = None
     threads: int = 0
 
@@ -88,6 +91,8 @@ def prepare(options: Options) -> Ready:
     folder = options.bundle
     check_is_bundle(folder)
     template = options.chat_template.read_text() if options.chat_template else None
+    if options.adapter is not None:
+        check_adapter(options.adapter, folder)
     listener = server.listen(options.host, options.port)
     try:
         kind, measures = _enclave(options.enclave)
@@ -98,7 +103,7 @@ def prepare(options: Options) -> Ready:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         settings = Settings(
             model=options.model or folder.resolve().name,
-            fingerprint="fp_" + signed_payload_digest(read_file(folder, SIGNATURE_NAME, MAX_SIGNATURE_BYTES))[:16],
+            fingerprint=_fingerprint(folder, options.adapter),
             api_keys=options.api_keys,
             max_body=options.max_body,
             request_seconds=options.request_seconds,
@@ -128,6 +133,15 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
         return {}
     config = cast(dict[str, Any], json.loads(path.read_text()))
     return {name: config[name] for name in SAMPLING_DEFAULTS if isinstance(config.get(name), int | float)}
+
+
+def _fingerprint(bundle: Path, adapter: Path | None) -> str:
+    """Changes when a file of the bundle does, or the adapter."""
+    digest = signed_payload_digest(read_file(bundle, SIGNATURE_NAME, MAX_SIGNATURE_BYTES))
+    if adapter is not None:
+        with (adapter / WEIGHTS_NAME).open("rb") as file:
+            digest = hashlib.sha256((digest + hashlib.file_digest(file, "sha256").hexdigest()).encode()).hexdigest()
+    return f"fp_{digest[:16]}"
 
 
 def _enclave(path: Path | None) -> tuple[str, list[str]]:
@@ -160,6 +174,7 @@ def _open_engine(options: Options) -> Engine:
         max_running=options.max_running,
         max_waiting=options.max_waiting,
         threads=options.threads,
+        adapter=options.adapter,
     )
 
 
@@ -170,6 +185,8 @@ def _notes(options: Options, settings: Settings, engine: Engine, listener: socke
     if settings.sampling:
         values = ", ".join(f"{name} {value:g}" for name, value in settings.sampling.items())
         notes.append(f"The model's own defaults for sampling: {values}.")
+    if options.adapter is not None:
+        notes.append(f"All answers are with the adapter {options.adapter.name}.")
     if not options.api_keys and not options.host.startswith(_LOOPBACK):
         notes.append("Anyone who reaches this address can use the model, in the clear: give --api-key-file, and TLS.")
     return notes

@@ -115,6 +115,7 @@ class TransformersEngine:
         max_waiting: int = MAX_WAITING,
         step_tokens: int = STEP_TOKENS,
         threads: int = 0,
+        adapter: str | Path | None = None,
     ) -> "TransformersEngine":
         """Open a bundle and serve it. Arguments, where they are not the constructor's, are those of `semiopen.load`.
 
@@ -128,8 +129,10 @@ class TransformersEngine:
             device: where the open blocks run.
             kv_tokens, max_running, max_waiting, step_tokens: see the constructor.
             threads: CPU threads of the open blocks, and of a dev enclave started here.
+            adapter: folder of a PEFT adapter to merge into the open blocks.
 
         Raises:
+            AdapterError: the adapter does not fit.
             BundleError: a file of the bundle is not what the vendor signed.
             EnclaveError: no enclave, or it refuses.
             KeyFolderError: the keys are not usable.
@@ -148,6 +151,10 @@ class TransformersEngine:
             # The model is built while an enclave of ours loads; what the enclave says is needed only without a key.
             verified = read_files(folder, trusted_key or link.connect().welcome.bundle_digest)
             model = build(folder, dtype, {"attn_implementation": ATTENTION})
+            if adapter is not None:
+                from semiopen.host.tuning.adapters import put_adapter  # needs PEFT, which serving alone does not
+
+                model = put_adapter(model, Path(adapter))
             host_dtype = str(model.dtype).removeprefix("torch.")
             link.check = lambda welcome: check_match(welcome, verified, host_dtype)
             engine = cls(

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 # Read when vLLM is imported. It tells its makers what it runs on; a customer's machine tells nobody.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -18,14 +18,17 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from semiopen.errors import SemiopenError
 from semiopen.host.serving.engine import (
     EngineBusy,
     EngineLoad,
@@ -35,6 +38,7 @@ from semiopen.host.serving.engine import (
     Sampling,
     TokenLogprob,
 )
+from semiopen.host.tuning.adapter_files import lora_rank
 
 logger = logging.getLogger("semiopen.serving")
 
@@ -46,7 +50,15 @@ BUSY_SECONDS = 1.0  # what a client is told to wait when the queue is full
 class VllmEngine:
     """Serves one model with vLLM. Its methods are those of `Engine`, called from one event loop."""
 
-    def __init__(self, name: str, arguments: Mapping[str, Any], *, kv_tokens: int | None, capacity: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Mapping[str, Any],
+        *,
+        kv_tokens: int | None,
+        capacity: int,
+        adapter: Path | None = None,
+    ) -> None:
         """Start vLLM; `open` and `open_plain` make the arguments.
 
         Args:
@@ -54,11 +66,13 @@ class VllmEngine:
             arguments: of vLLM's `AsyncEngineArgs`.
             kv_tokens: tokens that the KV cache holds; vLLM's own choice when None.
             capacity: requests at once, running and waiting; a further one is `EngineBusy`.
+            adapter: folder of a PEFT adapter that all requests use.
         """
         self.name = name
         self._arguments = dict(arguments)
         self._kv_tokens = kv_tokens
         self._capacity = capacity
+        self._lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
         self._active = 0
         self._closed = False
         self._counts = _Counts()
@@ -78,6 +92,7 @@ class VllmEngine:
         max_running: int = 64,
         max_waiting: int = 256,
         threads: int = 0,
+        adapter: str | Path | None = None,
         **arguments: Any,
     ) -> "VllmEngine":
         """Open a bundle; see `TransformersEngine.open`. Further arguments are vLLM's `AsyncEngineArgs`."""
@@ -93,6 +108,7 @@ class VllmEngine:
             max_running=max_running,
             max_waiting=max_waiting,
             threads=threads,
+            adapter=adapter,
             **arguments,
         )
 
@@ -106,6 +122,7 @@ class VllmEngine:
         max_running: int = 64,
         max_waiting: int = 256,
         threads: int = 0,
+        adapter: str | Path | None = None,
         **arguments: Any,
     ) -> "VllmEngine":
         """Serve an ordinary model folder, unprotected."""
@@ -114,7 +131,10 @@ class VllmEngine:
             os.environ["OMP_NUM_THREADS"] = str(threads)
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or vLLM takes one per core
         arguments = {"model": str(path), "dtype": dtype or "auto", "max_num_seqs": max_running, **arguments}
-        return cls(path.name, arguments, kv_tokens=kv_tokens, capacity=max_running + max_waiting)
+        if adapter is not None:
+            adapter = Path(adapter).resolve()
+            arguments = {"enable_lora": True, "max_lora_rank": _lora_room(adapter), **arguments}
+        return cls(path.name, arguments, kv_tokens=kv_tokens, capacity=max_running + max_waiting, adapter=adapter)
 
     @property
     def ready(self) -> bool:
@@ -136,7 +156,9 @@ class VllmEngine:
             )
         self._active += 1
         try:
-            outputs = llm.generate(TokensPrompt(prompt_token_ids=list(prompt)), _params(sampling), request_id)
+            outputs = llm.generate(
+                TokensPrompt(prompt_token_ids=list(prompt)), _params(sampling), request_id, lora_request=self._lora
+            )
             async with contextlib.aclosing(outputs):
                 first = True
                 async for output in outputs:
@@ -218,6 +240,19 @@ class VllmEngine:
             except Exception as error:
                 wait = min(2 * wait, LONGEST_WAIT)
                 logger.warning("vLLM does not start (%s); next attempt in %.0f s.", type(error).__name__, wait)
+
+
+def _lora_room(adapter: Path) -> int:
+    """The rank that vLLM has to make room for: the smallest of its choices that holds the adapter's.
+
+    Raises:
+        SemiopenError: the adapter has a larger one, or is none.
+    """
+    rank = lora_rank(adapter)
+    room = [choice for choice in sorted(get_args(MaxLoRARanks)) if choice >= rank]
+    if not room:
+        raise SemiopenError(f"vLLM has no room for an adapter of rank {rank}; serve it with --engine transformers.")
+    return room[0]
 
 
 def _params(sampling: Sampling) -> SamplingParams:

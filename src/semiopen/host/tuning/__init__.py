@@ -1,0 +1,1 @@
+"""Tuning on private data: LoRA on the open blocks, over states that the enclave computes once."""
