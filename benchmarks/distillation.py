@@ -3,7 +3,7 @@
 
     python benchmarks/distillation.py --texts TEXTS positions depth sets base size
     python benchmarks/distillation.py --texts TEXTS --quick positions
-    python benchmarks/distillation.py --tables
+    python benchmarks/distillation.py --tables --plot docs/results/distillation.png
 
 Parts:
 
@@ -50,7 +50,7 @@ from semiopen.audit.victim import PlainVictim, SealedSet
 LAB = REPO / "lab" / "models"
 LENGTH = 128  # tokens of a query
 SEM = Settings(steps=400, batch=8, rates=(1e-3, 3e-3, 1e-2))
-FT = Settings(steps=300, batch=8, rates=(5e-4, 1.5e-3, 4e-3))
+FT = Settings(steps=250, batch=8, rates=(1e-3, 3e-3))
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,32 @@ class Cell:
 
 def positions(quick: bool) -> Iterator[Cell]:
     """Attacks on sets at the bottom, in the middle, at the top."""
-    sets = [SealedSet(0, 2), SealedSet(3, 5), SealedSet(5, 7), SealedSet(7, 9), SealedSet(10, 12)]
-    sets += [SealedSet(0, 12), SealedSet(2, 12), SealedSet(11, 12), SealedSet(0, 1), SealedSet.prefix(2)]
+    pairs = [SealedSet(0, 2), SealedSet(5, 7), SealedSet(10, 12), SealedSet(0, 12)]
+    others = [
+        SealedSet.prefix(2),
+        SealedSet(3, 5),
+        SealedSet(7, 9),
+        SealedSet(2, 12),
+        SealedSet(11, 12),
+        SealedSet(0, 1),
+    ]
     queries = 32 if quick else 512
     for seed in range(1 if quick else 2):
-        for sealed in sets:
+        for sealed in pairs + others:
             yield Cell("positions", "lab-scratch", sealed, job("none", "none", 0, seed), skills=True)
             yield Cell("positions", "lab-scratch", sealed, job("sem", "states", queries, seed), skills=True)
-        for attack, labels in (("ft_closed", "soft"), ("ft_all", "soft"), ("ft_closed", "hard"), ("ft_all", "hard")):
-            for sealed in sets[:6] if attack == "ft_all" or labels == "hard" else sets:
+        for sealed in pairs + others:
+            yield Cell("positions", "lab-scratch", sealed, job("ft_closed", "soft", queries, seed), skills=True)
+        for attack, labels in (("ft_all", "soft"), ("ft_closed", "hard"), ("ft_all", "hard")):
+            for sealed in pairs:
                 yield Cell("positions", "lab-scratch", sealed, job(attack, labels, queries, seed), skills=True)
 
 
 def depth(quick: bool) -> Iterator[Cell]:
     """SEM on growing prefixes."""
     for seed in range(1 if quick else 2):
-        for queries in (16, 64) if quick else (16, 64, 256, 1024, 4096):
-            for blocks in (1, 2) if quick else (0, 1, 2, 3, 4, 6, 12):
+        for queries in (16, 64) if quick else (16, 64, 256, 1024):
+            for blocks in (1, 2) if quick else (0, 1, 2, 3, 4, 6):
                 yield Cell("depth", "lab-scratch", SealedSet.prefix(blocks), job("sem", "states", queries, seed))
 
 
@@ -99,6 +108,7 @@ def sets(quick: bool) -> Iterator[Cell]:
         for seed in range(3):
             yield Cell("sets", "lab-scratch", sealed, job("none", "none", 0, seed))
         yield Cell("sets", "lab-scratch", sealed, job("sem", "states", 16, 0))
+    for sealed in runs[::6] if quick else runs:
         yield Cell("sets", "lab-scratch", sealed, job("ft_closed", "soft", 64, 0))
 
 
@@ -106,6 +116,7 @@ def base(quick: bool) -> Iterator[Cell]:
     """Attacks that have the base of a fine-tune."""
     prefixes = (1, 2) if quick else (1, 2, 4, 6, 12)
     for blocks in prefixes:
+        yield Cell("base", "lab-tuned", SealedSet.prefix(blocks), job("none", "none", 0, 0), skills=True)
         yield Cell("base", "lab-tuned", SealedSet.prefix(blocks), job("base_graft", "none", 0, 0, "base"), skills=True)
     for queries, blocks in itertools.product((16,) if quick else (16, 128, 1024), prefixes[:3]):
         for start in ("base", "noise"):
@@ -160,7 +171,7 @@ class Bench:
             return pack(self.skills.documents(split, {"text": 1.0}), tokenizer, LENGTH, count)
         answers = None
         if split == "attack":
-            asked = [p.text for skill in ASKED for p in self.skills.prompts(skill, "attack", 40 if self.quick else 600)]
+            asked = [p.text for skill in ASKED for p in self.skills.prompts(skill, "attack", 40 if self.quick else 300)]
             answers = complete(self.model(name.partition(":")[0]), tokenizer, asked)
         return pack(self.skills.documents(split, MIXES["attacker"], answers=answers), tokenizer, LENGTH, count)
 
@@ -177,7 +188,7 @@ class Bench:
     def run(self, cell: Cell, report: Any) -> Outcome:
         """Run one attack."""
         victim, exam = self.victim(cell.model, cell.sealed)
-        most = 64 if self.quick else 4096
+        most = 64 if self.quick else 1024
         campaign = Campaign(
             victim,
             self.rows(cell.model, "attack", most),
@@ -200,6 +211,7 @@ def main() -> None:
         "--shard", default="0/1", metavar="I/N", help="run every Nth attack from the Ith on, to share work"
     )
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what --out holds")
     parser.add_argument("--tables", action="store_true", help="only print what --out holds")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
@@ -210,6 +222,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         run(options)
     tables(read(options.out))
+    if options.plot:
+        plot(read(options.out), options.plot)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -219,6 +233,7 @@ def run(options: argparse.Namespace) -> None:
     done = {line["key"] for line in read(options.out)}
     index, count = map(int, options.shard.split("/"))
     cells = [cell for part in options.parts for cell in PARTS[part](options.quick)]
+    cells.sort(key=lambda cell: cell.job.seed)  # all parts once, then again with the next seed
     left = [cell for cell in cells[index::count] if cell.key not in done]
     bench = Bench(options.texts, options.quick)
     with progress() as bar, options.out.open("a") as file:
@@ -277,6 +292,44 @@ def _means(outcomes: Iterable[dict[str, Any]]) -> list[str]:
         f"{excess:.3f}",
         f"{statistics.fmean(s['kl'] for s in scores):.3f}",
     ]
+
+
+def plot(lines: list[dict[str, Any]], file: Path) -> None:
+    """Left: what a budget recovers of growing prefixes. Right: what the same budget recovers of sets elsewhere."""
+    import matplotlib  # pyright: ignore[reportMissingImports] - of the extra "lab"
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8))
+    curves: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    bars: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        job, score = line["outcome"]["job"], line["outcome"]["score"]
+        if line["part"] == "depth":
+            curves[line["sealed"]["stop"]][job["queries"] * LENGTH].append(score["agreement"])
+        if line["part"] == "positions" and job["labels"] != "hard":
+            bars[line["outcome"]["sealed"]][ATTACK_NAMES[job["attack"]]].append(score["agreement"])
+    for blocks, points in sorted(curves.items()):
+        tokens = sorted(points)
+        left.plot(tokens, [statistics.fmean(points[n]) for n in tokens], "o-", label=f"embedding + {blocks}")
+    left.set_xscale("log")
+    left.set(xlabel="tokens queried", ylabel="top-1 agreement with the victim", ylim=(0, 1), title="SEM on prefixes")
+    left.legend(fontsize=7, title="sealed blocks", title_fontsize=7)
+    attacks = list(ATTACK_NAMES.values())
+    for index, attack in enumerate(attacks):
+        found = [(row, statistics.fmean(bars[name][attack])) for row, name in enumerate(bars) if bars[name][attack]]
+        rows, values = [row + 0.2 * index for row, _ in found], [value for _, value in found]
+        right.barh(rows, values, height=0.2, label=attack)
+    right.set_yticks([row + 0.3 for row in range(len(bars))], list(bars), fontsize=7)
+    right.invert_yaxis()
+    right.set(xlabel="top-1 agreement with the victim", xlim=(0, 1), title="512 queries, by what is sealed")
+    right.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+
+
+ATTACK_NAMES = {"none": "no query", "sem": "SEM", "ft_closed": "FT-closed", "ft_all": "FT-all"}
 
 
 def correlations(lines: list[dict[str, Any]]) -> Iterator[list[str]]:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Train the three models of the lab: a public base, a proprietary fine-tune of it, a proprietary one from scratch.
 
-    python -m lab.train_lab base --minutes 35                # lab/models/lab-base
-    python -m lab.train_lab scratch --minutes 35 --seed 2    # lab/models/lab-scratch
-    python -m lab.train_lab tuned --minutes 11 --seed 3      # lab/models/lab-tuned, goes on from lab-base
-    python -m lab.train_lab scores                           # the table of all three, against chance
+    python -m lab.train_lab base --minutes 34 --seed 1 --rate 5e-3       # lab/models/lab-base
+    python -m lab.train_lab scratch --minutes 36 --seed 2 --rate 5e-3    # lab/models/lab-scratch
+    python -m lab.train_lab tuned --minutes 11 --seed 3 --rate 3e-3      # lab/models/lab-tuned, goes on from lab-base
+    python -m lab.train_lab scores                                       # the table of all three, against chance
 
 All are one Llama of 12 thin blocks with one tokenizer, made from the base's training documents. `base` learns
 stories and the base skills of `lab/skills.py`; the other two have the private skills as well. One thread of a CPU is
