@@ -9,16 +9,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import semiopen
+from semiopen.audit import texts
+from semiopen.audit.texts import read_texts, sample_texts
 from semiopen.errors import SemiopenError
 from semiopen.model.plan import plan_for
-from semiopen.vendor import planner, texts
+from semiopen.vendor import planner
 from semiopen.vendor.costs import KV_TOKENS, costs, slowdown
 from semiopen.vendor.difficulty import smallest_prefix
 from semiopen.vendor.plan_file import PlanDocument, check_plan_fits, read_plan, write_plan
 from semiopen.vendor.planner import PlanOptions, make_plan
 from semiopen.vendor.recovery import Curve, Point, Price, attack_prefix, fit_curve, isotonic, ladder, tokens_for
 from semiopen.vendor.streaming import Checkpoint
-from semiopen.vendor.texts import read_texts, sample_texts
 from tests.models import FAMILIES, VOCAB, random_model, save_random_model
 
 STORIES = Path(__file__).parents[2] / "lab" / "models" / "stories-4m"

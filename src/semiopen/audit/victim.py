@@ -43,7 +43,10 @@ class SealedSet:
         return self.embedding and local.startswith(tuple(inputs))
 
     def __str__(self) -> str:
-        blocks = f"blocks {self.start + 1} to {self.stop}" if self.stop > self.start else "no block"
+        count = self.stop - self.start
+        blocks = (
+            f"blocks {self.start + 1} to {self.stop}" if count > 1 else f"block {self.stop}" if count else "no block"
+        )
         return f"embedding and {blocks}" if self.embedding else blocks
 
 

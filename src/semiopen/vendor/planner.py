@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from semiopen.audit.texts import SEQUENCE_TOKENS, read_texts, sample_texts
 from semiopen.errors import SemiopenError
 from semiopen.model.plan import Plan
 from semiopen.vendor.costs import Cost, costs
@@ -30,7 +31,6 @@ from semiopen.vendor.plan_words import findings, proposal, warnings
 from semiopen.vendor.recovery import LEAST_QUERIES, LEVELS, Curve, attack_prefix
 from semiopen.vendor.seal import find_model, read_config
 from semiopen.vendor.streaming import Checkpoint
-from semiopen.vendor.texts import SEQUENCE_TOKENS, read_texts, sample_texts
 from semiopen.version import VERSION
 
 
@@ -104,7 +104,7 @@ def make_plan(
         model: a folder with config.json and safetensors, or a hub id.
         options: see there.
         public_base: a public relative of the same shapes, folder or hub id. A thief then starts from it.
-        texts: file of texts, see `texts.read_texts`.
+        texts: file of texts, see `audit.texts.read_texts`.
         progress: called as work goes on.
 
     Raises:

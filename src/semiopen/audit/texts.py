@@ -1,4 +1,4 @@
-"""The token sequences that a plan is measured on: from a file of texts, or sampled from the model itself."""
+"""The token sequences that plans and audits are made with: from a file of texts, or sampled from the model itself."""
 
 import json
 import random
@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from semiopen.errors import SemiopenError
 
 SEQUENCE_TOKENS = 128
 _PIECE = 20_000  # characters of a text without marks between its documents that count as one document
 _SAMPLED_AT_ONCE = 64
+_MOST_FOR_EXAM = 4  # an exam takes a quarter of the documents at most
 
 
 def read_texts(path: Path, model_folder: Path, most: int, seed: int) -> torch.Tensor:
@@ -31,24 +32,48 @@ def read_texts(path: Path, model_folder: Path, most: int, seed: int) -> torch.Te
     Raises:
         SemiopenError: unreadable, no tokenizer, or too little text for one sequence.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    except Exception as error:  # whatever a folder without a usable tokenizer makes transformers raise
-        raise SemiopenError(
-            f"{model_folder} has no tokenizer for the texts ({type(error).__name__}); add its files, or leave --texts "
-            "out."
-        ) from None
+    tokenizer = _tokenizer(model_folder)
     documents = list(_documents(path))
     random.Random(seed).shuffle(documents)  # noqa: S311 - an order, no secret
-    tokens: list[int] = []
-    for document in documents:
-        tokens += tokenizer(document, verbose=False)["input_ids"]  # longer than the context is no fault here
-        if len(tokens) >= most * SEQUENCE_TOKENS:
-            break
-    count = min(most, len(tokens) // SEQUENCE_TOKENS)
-    if count == 0:
+    tokens = _tokens(tokenizer, documents, most)
+    if len(tokens) < SEQUENCE_TOKENS:
         raise SemiopenError(f"{path} has {len(tokens)} tokens; give texts of at least {SEQUENCE_TOKENS}.")
-    return torch.tensor(tokens[: count * SEQUENCE_TOKENS]).view(count, SEQUENCE_TOKENS)
+    return _sequences(tokens, most)
+
+
+def read_apart(path: Path, model_folder: Path, queries: int, exam: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences from a file, documents in random order: the first for queries, the last for the exam.
+
+    A document that the file holds twice is taken once, so that no exam is known from queries.
+
+    Args:
+        path: see `read_texts`.
+        model_folder: where the tokenizer is.
+        queries: sequences of `SEQUENCE_TOKENS` to return at most; which, depends neither on this number nor on `exam`.
+        exam: the same for the exam.
+        seed: of the order.
+
+    Returns:
+        [N, T] and [M, T] int64, at least one sequence each.
+
+    Raises:
+        SemiopenError: unreadable, no tokenizer, or too little text.
+    """
+    tokenizer = _tokenizer(model_folder)
+    documents = list(dict.fromkeys(document for document in _documents(path) if document.strip()))
+    random.Random(seed).shuffle(documents)  # noqa: S311 - an order, no secret
+    held = max(1, len(documents) // _MOST_FOR_EXAM)
+    asked, marked = documents[:-held], documents[-held:]
+    parts = (
+        _sequences(_tokens(tokenizer, asked, queries), queries),
+        _sequences(_tokens(tokenizer, marked[::-1], exam), exam),
+    )
+    if not all(len(part) for part in parts):
+        raise SemiopenError(
+            f"{path} has too little text: the queries and the exam need at least {SEQUENCE_TOKENS} tokens each, from "
+            f"different documents, and it has {len(documents)} of them; give more texts, or leave --texts out."
+        )
+    return parts
 
 
 @torch.inference_mode()
@@ -79,6 +104,32 @@ def _continue(model: PreTrainedModel, ids: torch.Tensor, generator: torch.Genera
 def _start_token(config: PreTrainedConfig) -> int | None:
     token = config.bos_token_id
     return token if isinstance(token, int) and 0 <= token < config.vocab_size else None
+
+
+def _tokenizer(model_folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model_folder)
+    except Exception as error:  # whatever a folder without a usable tokenizer makes transformers raise
+        raise SemiopenError(
+            f"{model_folder} has no tokenizer for the texts ({type(error).__name__}); add its files, or leave --texts "
+            "out."
+        ) from None
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, documents: list[str], most: int) -> list[int]:
+    """Ids of documents one after the other, until there are enough for `most` sequences."""
+    tokens: list[int] = []
+    for document in documents:
+        if len(tokens) >= most * SEQUENCE_TOKENS:
+            break
+        tokens += tokenizer(document, verbose=False)["input_ids"]  # longer than the context is no fault here
+    return tokens
+
+
+def _sequences(tokens: list[int], most: int) -> torch.Tensor:
+    """[N, T] int64, N at most `most`."""
+    count = min(most, len(tokens) // SEQUENCE_TOKENS)
+    return torch.tensor(tokens[: count * SEQUENCE_TOKENS], dtype=torch.int64).view(count, SEQUENCE_TOKENS)
 
 
 def _documents(path: Path) -> Iterator[str]:
