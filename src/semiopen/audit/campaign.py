@@ -202,7 +202,9 @@ class Log:
             except ValidationError:
                 if number != len(lines) + 1:  # the last line may have been cut off
                     raise SemiopenError(f"{path}, line {number}, is damaged; delete the file.") from None
-        path.write_text("\n".join([head, *(outcome.model_dump_json() for outcome in self.outcomes), ""]))
+        whole = path.with_suffix(".partial")  # without the line that was cut off
+        whole.write_text("\n".join([head, *(outcome.model_dump_json() for outcome in self.outcomes), ""]))
+        whole.replace(path)
 
     def add(self, outcome: Outcome) -> None:
         """Write one outcome, at once."""

@@ -184,15 +184,17 @@ def isotonic(values: Sequence[float]) -> list[float]:
     return [mean for mean, count in pools for _ in range(count)]
 
 
-def tokens_for(level: float, tokens: Sequence[int], agreements: Sequence[float]) -> float:
-    """Tokens at which a curve that never falls first reaches `level`; infinity where it does not."""
+def tokens_for(
+    level: float, tokens: Sequence[int], agreements: Sequence[float], query_tokens: int = SEQUENCE_TOKENS
+) -> float:
+    """Tokens, rounded down, at which a curve that never falls first reaches `level`; infinity where it does not."""
     if agreements[0] >= level:
         return tokens[0]
     for index in range(1, len(tokens)):
         if agreements[index] >= level:
-            left, right = (math.log1p(asked / SEQUENCE_TOKENS) for asked in tokens[index - 1 : index + 1])
+            left, right = (math.log1p(asked / query_tokens) for asked in tokens[index - 1 : index + 1])
             part = (level - agreements[index - 1]) / (agreements[index] - agreements[index - 1])
-            return math.floor(math.expm1(left + part * (right - left)) * SEQUENCE_TOKENS + 1e-6)
+            return math.floor(math.expm1(left + part * (right - left)) * query_tokens + 1e-6)
     return math.inf
 
 

@@ -82,7 +82,7 @@ def fit(
             parameter.requires_grad_(True)
         optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay)
         choose = torch.Generator().manual_seed(seed + 1)
-        best, best_loss = start, math.inf
+        best, best_loss = start, first  # nobody keeps what is worse than what he began with
         for step in range(steps):
             for group in optimiser.param_groups:
                 group["lr"] = rate * _schedule(step, steps)
@@ -105,6 +105,7 @@ def fit(
             parameter.requires_grad_(False).grad = None
         return best_loss
 
+    first = look()
     rate = min(settings.rates, key=lambda tried: run(tried, trial)) if trial else next(iter(settings.rates))
     loss = run(rate, settings.steps)
     return Fit(rate=rate, steps=done, loss=loss)

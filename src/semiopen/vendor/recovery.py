@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
 from semiopen.audit.attacks import sem
+from semiopen.audit.curves import LEVELS, Price, isotonic, middle, tokens_for
 from semiopen.audit.score import Exam, per_sequence
 from semiopen.audit.thief import start_model
 from semiopen.audit.training import Settings
@@ -25,7 +26,6 @@ from semiopen.audit.victim import PlainVictim, SealedSet
 
 Progress = Callable[[str, int, int], None]
 
-LEVELS = (0.5, 0.8, 0.9, 0.95)  # agreements whose price is stated
 _RESAMPLES = 500
 _STEP = 4  # factor between numbers of queries
 _MOST_POINTS = 5
@@ -44,17 +44,6 @@ class Point(BaseModel):
     agreement: float
     low: float
     high: float
-
-
-class Price(BaseModel):
-    """Tokens that buy an agreement, with their 95 % interval; None is more than the budget that was tried."""
-
-    model_config = _STRICT
-
-    agreement: float = Field(gt=0, le=1)
-    tokens: int | None
-    low: int | None
-    high: int | None
 
 
 class Curve(BaseModel):
@@ -172,45 +161,16 @@ def fit_curve(
         resampled.append(scores[:, seeds][:, :, sequences].mean((1, 2)).tolist())
     points = []
     for index, asked in enumerate(tokens):
-        low, high = _middle(sorted(means[index] for means in resampled[1:]))
+        low, high = middle([means[index] for means in resampled[1:]])
         points.append(Point(tokens=asked, agreement=resampled[0][index], low=low, high=high))
     prices = []
     for level in levels:
         bought = [tokens_for(level, tokens, isotonic(means), query_tokens) for means in resampled]
-        low, high = _middle(sorted(bought[1:]))
+        low, high = middle(bought[1:])
         prices.append(
             Price(agreement=level, tokens=_finite(bought[0]), low=_finite(low), high=_finite(high)),
         )
     return tuple(points), tuple(prices)
-
-
-def isotonic(values: Sequence[float]) -> list[float]:
-    """The closest sequence, by squares, that never falls: neighbours that fall are pooled."""
-    pools: list[tuple[float, int]] = []
-    for value in values:
-        pools.append((value, 1))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (a, m), (b, n) = pools[-2:]
-            pools[-2:] = [((a * m + b * n) / (m + n), m + n)]
-    return [mean for mean, count in pools for _ in range(count)]
-
-
-def tokens_for(level: float, tokens: Sequence[int], agreements: Sequence[float], query_tokens: int) -> float:
-    """Tokens, rounded down, at which a curve that never falls first reaches `level`; infinity where it does not."""
-    if agreements[0] >= level:
-        return 0
-    for index in range(1, len(tokens)):
-        if agreements[index] >= level:
-            left, right = (math.log1p(asked / query_tokens) for asked in tokens[index - 1 : index + 1])
-            part = (level - agreements[index - 1]) / (agreements[index] - agreements[index - 1])
-            return math.floor(math.expm1(left + part * (right - left)) * query_tokens + 1e-6)
-    return math.inf
-
-
-def _middle(values: list[float]) -> tuple[float, float]:
-    """Ends of the middle 95 % of sorted values; of the next ones outwards, where an end falls between two."""
-    cut = math.floor(0.025 * len(values))
-    return values[cut], values[-1 - cut]
 
 
 def _finite(value: float) -> int | None:
