@@ -12,6 +12,7 @@ Parts:
 - depth: sealed prefixes with their embedding, SEM at growing budgets: what one more block costs a thief.
 - sets: many runs of blocks; does distillation difficulty (DD) rank them as the attacks do?
 - base: a fine-tune whose base is public: the base's layers in place of the sealed ones, and attacks from there.
+- effort: the same queries, more optimiser steps.
 - size: SEM on one and two blocks of trained models of three widths, and of the same shapes untrained.
 
 The models are the lab's (lab/README.md). Each finished attack is a line in --out, so that a stopped run goes on there;
@@ -31,7 +32,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,13 @@ class Cell:
     sealed: SealedSet
     job: Job
     skills: bool = False
+    steps: int | None = None  # optimiser steps, where not those of all
 
     @property
     def key(self) -> str:
         """What names it in --out."""
-        return json.dumps([self.part, self.model, asdict(self.sealed), self.job.model_dump()])
+        steps = [] if self.steps is None else [self.steps]
+        return json.dumps([self.part, self.model, asdict(self.sealed), self.job.model_dump(), *steps])
 
 
 def positions(quick: bool) -> Iterator[Cell]:
@@ -131,7 +134,14 @@ def size(quick: bool) -> Iterator[Cell]:
         yield Cell("size", name, SealedSet.prefix(blocks), job("sem", "states", queries, 0))
 
 
-PARTS = {"positions": positions, "depth": depth, "sets": sets, "base": base, "size": size}
+def effort(quick: bool) -> Iterator[Cell]:
+    """SEM with the same queries and more optimiser steps: is it data or work that a thief lacks?"""
+    for steps, blocks in itertools.product((50, 100) if quick else (400, 1600, 4800), (1, 2, 4)):
+        sealed = SealedSet.prefix(blocks)
+        yield Cell("effort", "lab-scratch", sealed, job("sem", "states", 32 if quick else 256, 0), steps=steps)
+
+
+PARTS = {"positions": positions, "depth": depth, "sets": sets, "base": base, "size": size, "effort": effort}
 
 
 def job(attack: Any, labels: Any, queries: int, seed: int, start: Any = "noise") -> Job:
@@ -188,12 +198,14 @@ class Bench:
     def run(self, cell: Cell, report: Any) -> Outcome:
         """Run one attack."""
         victim, exam = self.victim(cell.model, cell.sealed)
+        settings = SEM if cell.job.attack == "sem" else FT
+        settings = settings if cell.steps is None else replace(settings, steps=cell.steps)
         most = 64 if self.quick else 1024
         campaign = Campaign(
             victim,
             self.rows(cell.model, "attack", most),
             exam,
-            SEM if cell.job.attack == "sem" else FT,
+            settings,
             base=self.model("lab-base").state_dict() if cell.job.start == "base" else None,
             skills=(lambda model: self.marks(cell.model, model)) if cell.skills else None,
         )
@@ -274,11 +286,24 @@ def tables(lines: list[dict[str, Any]]) -> None:
                     job["labels"],
                     job["start"],
                     job["queries"],
+                    line["outcome"]["steps"],
                 )
                 groups[name].append(line["outcome"])
         rows = [[*name, len(found), *_means(found)] for name, found in groups.items()]
         if rows:
-            header = ["model", "sealed", "attack", "labels", "start", "queries", "seeds", "agreement", "excess", "KL"]
+            header = [
+                "model",
+                "sealed",
+                "attack",
+                "labels",
+                "start",
+                "queries",
+                "steps",
+                "seeds",
+                "agreement",
+                "excess",
+                "KL",
+            ]
             print_table(part, header, rows)
     if found := [line for line in lines if line["part"] == "sets"]:
         print_table("DD against attacks", ["attack", "sets", "rank correlation", "95 %"], list(correlations(found)))
