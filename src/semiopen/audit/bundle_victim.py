@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from semiopen.audit.victim import SealedSet, Spent
 from semiopen.auto_classes import SemiopenConfig
 from semiopen.bundle.manifest import Manifest
-from semiopen.host.modeling import SemiopenModel
+from semiopen.host.modeling import SemiopenModel, agree_on_score_cap
 from semiopen.model.families import FAMILIES
 from semiopen.model.parts import rename
 from semiopen.model.split import join_layers
@@ -43,7 +43,7 @@ class BundleVictim:
         self.spent.queries += len(ids)
         self.spent.tokens += ids.numel()
         enclave = cast(SemiopenModel, self._model).enclave
-        enclave.session.score_cap = self._model.config._attn_implementation != "sdpa"
+        agree_on_score_cap(enclave.session, self._model)
         return enclave(ids).float()
 
     def model_input(self, ids: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,14 @@ def session_of(model: nn.Module) -> EnclaveSession:
     return cast(SemiopenModel, model).enclave.session
 
 
+def agree_on_score_cap(session: EnclaveSession, model: PreTrainedModel) -> None:
+    """Have the sealed blocks cap attention scores as the open ones do.
+
+    Transformers' SDPA leaves out Gemma 2's cap; its eager attention does not.
+    """
+    session.score_cap = model.config._attn_implementation != "sdpa"
+
+
 def _run_prefix(
     signature: inspect.Signature, decoder: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
@@ -104,8 +112,7 @@ def _run_prefix(
         _check_in_step(cache, rows, input_ids, embedding.session)
     tokens = _tokens(call.get("attention_mask"), input_ids, rows)
     _check_positions(call.get("position_ids"), tokens, rows, bool(FAMILIES[decoder.config.model_type].positions))
-    # Transformers' SDPA leaves out Gemma 2's cap on attention scores; its eager attention does not.
-    embedding.session.score_cap = decoder.config._attn_implementation != "sdpa"
+    agree_on_score_cap(embedding.session, decoder)
     call["inputs_embeds"] = embedding(input_ids, tokens, rows).to(decoder.dtype)
     call["past_key_values"] = cache
     call["use_cache"] = use_cache

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from semiopen.bundle.files import check_is_bundle, read_file
 from semiopen.errors import SemiopenError
 from semiopen.host.load import load
-from semiopen.host.modeling import session_of
+from semiopen.host.modeling import agree_on_score_cap, session_of
 from semiopen.host.tuning.adapter_files import split_of
 from semiopen.host.tuning.adapters import save_adapter
 from semiopen.host.tuning.batches import StatesDataset
@@ -239,8 +239,7 @@ def states_of(
 ) -> PrefixStates:
     """The prefix's states of all examples, from a model whose enclave is still open; see `compute_states`."""
     session = session_of(model)
-    # As for the forward pass: transformers' SDPA leaves out Gemma 2's cap on attention scores.
-    session.score_cap = model.config._attn_implementation != "sdpa"
+    agree_on_score_cap(session, model)
     welcome = session.client.welcome
     facts = [welcome.bundle_digest, welcome.dtype, session.score_cap, examples.ids_digest()]
     return compute_states(session, examples, folder, _sha256(facts), progress)
