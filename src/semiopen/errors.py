@@ -26,6 +26,10 @@ class ProtocolError(UntrustedInputError):
     """A frame or message violates the protocol."""
 
 
+class LeaseError(UntrustedInputError):
+    """A lease is not the vendor's, not for this bundle, not valid now, or cannot be made."""
+
+
 class UnsupportedModelError(SemiopenError):
     """The model cannot be sealed exactly, so it is refused."""
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from semiopen.host.serving import sampling as sampling_module
+from semiopen.model import sampling as sampling_module
 from semiopen.host.serving.engine import RequestRefused, Sampling
 from semiopen.host.serving.sampling import Sampler, check_sampling, choose, logprobs_of
 

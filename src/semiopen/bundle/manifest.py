@@ -60,6 +60,7 @@ class Manifest(BaseModel):
     num_layers: int = Field(ge=1)
     created_by: str = Field(max_length=256)
     open_embedding: bool = Field(description="the embedding is tied to an open head, so it is open as well")
+    lease_required: bool = Field(default=False, description="no enclave opens it without a lease of the vendor's")
     sealed: tuple[SealedTensor, ...] = Field(min_length=1)
     sealed_bytes: int = Field(ge=0, description="bytes of all sealed tensors in the clear")
     open_bytes: int = Field(ge=0, description="bytes of all open tensors")

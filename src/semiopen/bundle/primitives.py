@@ -77,6 +77,17 @@ def derive_bundle_key(sealing_key: bytes | bytearray | memoryview, bundle_id: by
     return _hkdf(sealing_key, salt=bundle_id, info=b"semiopen bundle key v1" + vendor_key_digest)
 
 
+def derive_use_key(bundle_key: bytes, use: str) -> bytes:
+    """A key of 32 bytes for one use of a bundle other than its tensors, such as "sampling".
+
+    Raises:
+        ValueError: the bundle key has another length.
+    """
+    if len(bundle_key) != KEY_BYTES:
+        raise ValueError(f"A bundle key has {KEY_BYTES} bytes.")
+    return _hkdf(bundle_key, salt=b"", info=b"semiopen use key v1 " + use.encode())
+
+
 def sealed_size(plain_bytes: int) -> int:
     """Bytes of ciphertext for that many bytes of plaintext: a tag for each started chunk, at least one."""
     return plain_bytes + TAG_BYTES * _chunk_count(plain_bytes)

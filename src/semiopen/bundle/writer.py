@@ -159,6 +159,7 @@ class BundleWriter:
         num_layers: int,
         open_embedding: bool,
         created_by: str,
+        lease_required: bool = False,
         progress: Progress | None = None,
     ) -> Manifest:
         """Name the shards, write index and manifest, sign everything, and move the bundle to its place.
@@ -169,6 +170,7 @@ class BundleWriter:
             num_layers: decoder blocks in the whole model.
             open_embedding: the embedding matrix is open as well, because an open head is tied to it.
             created_by: program and version.
+            lease_required: no enclave shall open it without a lease.
             progress: told how many bytes are hashed for the signature.
 
         Raises:
@@ -183,6 +185,7 @@ class BundleWriter:
             num_layers=num_layers,
             created_by=created_by,
             open_embedding=open_embedding,
+            lease_required=lease_required,
             sealed=self._name_sealed_files(),
             sealed_bytes=sum(tensor.plain_bytes for file in self._sealed for tensor in file),
             open_bytes=sum(sum(shard.values()) for shard in self._open),

@@ -16,7 +16,8 @@ from semiopen.enclave import hardening
 from semiopen.enclave.secret_memory import SecretBytes, read_secret
 
 if TYPE_CHECKING:
-    from semiopen.enclave.prefix import Prefix
+    from semiopen.enclave.meter_file import MeterFile
+    from semiopen.enclave.server import Server
     from semiopen.protocol.messages import Failed, Provision, Ready
 
 KIND = "dev enclave: not a TEE"
@@ -36,15 +37,12 @@ def main() -> int:
         # Only now: what these import is large, and had better run with fewer privileges.
         import socket
 
-        from semiopen.enclave.server import Server, limits_for, place_of, welcome_for
+        from semiopen.enclave.server import place_of
         from semiopen.errors import SemiopenError
         from semiopen.protocol.messages import Failed, Ready
 
         try:
-            provision = _read_provision(lifeline)
-            prefix, digest, sealed_blocks = _load_prefix(provision, sealing_key)
-            limits = limits_for(prefix, provision.max_kv_tokens)
-            server = Server(prefix, limits, welcome_for(prefix, limits, KIND, digest, sealed_blocks))
+            server, meter_file = _build(_read_provision(lifeline), sealing_key)
             server.rehearse()
         except SemiopenError as error:
             _answer_start(start_reply, Failed(code="start", message=str(error)))
@@ -59,6 +57,8 @@ def main() -> int:
     _answer_start(start_reply, Ready())
     with socket.socket(fileno=listener_fd) as listener:
         server.serve(listener, lifeline)
+    if meter_file is not None:
+        meter_file.close(*server.used)
     return 0
 
 
@@ -74,30 +74,58 @@ def _read_provision(descriptor: int) -> "Provision":
     raise ProtocolError("The enclave was not told what to load; start it with 'semiopen enclave'.")
 
 
-def _load_prefix(provision: "Provision", sealing_key: SecretBytes) -> "tuple[Prefix, str, int]":
-    """Verify, unseal and build; return the prefix, the bundle's digest and the number of sealed blocks."""
+def _build(provision: "Provision", sealing_key: SecretBytes) -> "tuple[Server, MeterFile | None]":
+    """Verify, unseal and build; the sealing key is wiped."""
     import json
+    import time
     from pathlib import Path
 
     import torch
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+    from semiopen.bundle.lease import verify_lease
+    from semiopen.bundle.primitives import derive_use_key
     from semiopen.bundle.reader import bundle_key_of, load_sealed, read_files
+    from semiopen.enclave.head import SealedHead, read_shuffle
+    from semiopen.enclave.meter_file import MeterFile
     from semiopen.enclave.prefix import Prefix
+    from semiopen.enclave.server import Server, limits_for, welcome_for
+    from semiopen.enclave.trusted_state import Meter
+    from semiopen.errors import LeaseError
+    from semiopen.model.sealed_tensors import split_sealed
     from semiopen.model.split import check_supported, config_from_dict
 
     if provision.threads:
         torch.set_num_threads(provision.threads)
     vendor_key = load_pem_public_key(provision.vendor_key.encode())
     bundle = read_files(Path(provision.bundle), vendor_key, only=())  # type: ignore[arg-type] - checked there
+    manifest = bundle.manifest
     config = config_from_dict(json.loads(bundle.read("config.json"))["prefix_config"])
     check_supported(config)
+    lease = None
+    if provision.lease is not None:
+        lease = verify_lease(provision.lease, vendor_key, manifest.bundle_id, time.time())  # type: ignore[arg-type]
+    elif manifest.lease_required:
+        raise LeaseError("This bundle needs a lease of the vendor's; give it with --lease FILE.")
     bundle_key = bundle_key_of(bundle, sealing_key.view(), vendor_key)  # type: ignore[arg-type]
     sealing_key.wipe()
-    tensors = load_sealed(bundle, bundle_key)
-    del bundle_key
+    meter_file = None
+    if lease is not None and provision.meter is not None:
+        meter_file = MeterFile(Path(provision.meter), lease, derive_use_key(bundle_key, "meter"))
+    meter = Meter(lease, meter_file.used, meter_file.save) if meter_file else Meter(lease)
+    tensors = split_sealed(config, load_sealed(bundle, bundle_key))
     dtype = getattr(torch, provision.dtype) if provision.dtype else cast(torch.dtype, config.dtype)
-    return Prefix(config, tensors, dtype), bundle.digest, bundle.manifest.plan.prefix
+    head = words = None
+    if manifest.plan.head == "sealed":
+        secret = derive_use_key(bundle_key, "sampling")
+        head = SealedHead(config, tensors.head, dtype, secret, gradients=meter.rights.tune)
+    elif manifest.plan.head == "shuffled":
+        words = read_shuffle(tensors.shuffle, config.vocab_size)
+    del bundle_key
+    prefix = Prefix(config, tensors.prefix, dtype)
+    limits = limits_for(prefix, provision.max_kv_tokens, manifest.plan.head)
+    welcome = welcome_for(prefix, limits, KIND, bundle.digest, manifest.plan.prefix, meter)
+    return Server(prefix, limits, welcome, meter, head, words), meter_file
 
 
 def _answer_start(descriptor: int, answer: "Ready | Failed") -> None:

@@ -15,27 +15,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from pydantic import BaseModel
 
+from semiopen.enclave.head import SealedHead, mask_to_top
 from semiopen.enclave.prefix import Prefix
 from semiopen.enclave.trusted_state import (
     Limits,
+    Meter,
     Refused,
     SlotLedger,
+    check_choice,
     check_open,
+    check_rows,
     check_step,
+    check_words,
 )
 from semiopen.errors import ProtocolError
 from semiopen.model.paged_attention import KVCache, NoCacheMemory
+from semiopen.model.plan import Head
 from semiopen.protocol.channel import Layout, SharedArrays, create_shared_memory
 from semiopen.protocol.framing import FrameDecoder, encode_frame
 from semiopen.protocol.messages import (
     REQUEST,
+    Backward,
+    Choose,
+    Chosen,
     Failed,
+    Gradients,
     Hello,
+    LeaseIs,
     Open,
     Opened,
+    Reveal,
+    Revealed,
+    Score,
+    Scored,
     Status,
     StatusIs,
     Step,
@@ -89,14 +105,31 @@ class _Discard:
 
 
 class Server:
-    """Serves one prefix to many clients, a request at a time."""
+    """Serves one prefix, and what is sealed of the head, to many clients, a request at a time."""
 
-    def __init__(self, prefix: Prefix, limits: Limits, welcome: Welcome) -> None:
+    def __init__(
+        self,
+        prefix: Prefix,
+        limits: Limits,
+        welcome: Welcome,
+        meter: Meter,
+        head: SealedHead | None = None,
+        words: np.ndarray | None = None,
+    ) -> None:
+        """Prepare to serve; `words` [V] are the true numbers of a shuffled head's words."""
         self._prefix = prefix
+        self._head = head
+        self._words = words
+        self._meter = meter
         self._limits = limits
         self.welcome = welcome
         self._clients: set[Client] = set()
         self._counters = Counters()
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """Tokens and answers that the lease counts."""
+        return self._meter.counts
 
     def rehearse(self) -> None:
         """Serve one client of our own, so that all that Python and torch load on first use is loaded now.
@@ -104,9 +137,22 @@ class Server:
         Afterwards the enclave gives up opening files, so a first use later would fail. A prompt, a later piece of it
         and a single token are run, and each kind of refusal is provoked once.
         """
+        meter, self._meter = self._meter, Meter(None)  # nothing of this is the customer's use
         client = Client(cast(socket.socket, _Discard()))
         self._clients.add(client)
-        self._answer(client, dump(Open(blocks=2, block_size=16, by_window=True, step_tokens=9, sequences=1)))
+        rows = 0 if self._limits.head == "open" else 2
+        logit_rows = rows if self._head else 0
+        request = Open(
+            blocks=2,
+            block_size=16,
+            by_window=True,
+            step_tokens=9,
+            sequences=1,
+            rows=rows,
+            logit_rows=logit_rows,
+            history=8 if rows else 0,
+        )
+        self._answer(client, dump(request))
         session = client.session
         assert session is not None, "no session for the rehearsal"
         for held, new in ((9, 9), (18, 9), (19, 1)):
@@ -115,9 +161,13 @@ class Server:
             session.arrays.block_tables[:, 0, :2] = (0, 1)
             session.arrays.copies[0] = (0, 0)
             self._answer(client, dump(Step(tokens=new, sequences=1, width=2, copies=1, score_cap=True)))
+        if rows:
+            self._rehearse_head(client, session)
+        self._meter = meter
         for payload in (
             dump(Hello()),
             dump(Status()),
+            dump(Reveal(count=1)),
             dump(Step(tokens=2, sequences=1, width=1, copies=0, score_cap=True)),  # refused: its arrays hold one
             b"{",
         ):
@@ -126,6 +176,25 @@ class Server:
         if self._counters.steps != 3:
             raise RuntimeError("the prefix cannot run a step")
         self._counters = Counters()
+
+    def _rehearse_head(self, client: Client, session: Session) -> None:
+        if self._head is None:
+            self._answer(client, dump(Reveal(count=1)))
+            return
+        arrays = session.arrays
+        arrays.states[:] = 1
+        arrays.settings[:] = ((0, 1, 0, 1, 0, 0), (0.9, 0.9, 0.01, 1.1, 0.5, 0.5))
+        arrays.choices[:] = ((0, 0, 0, 0), (5, 1, 1, 1))
+        arrays.history_at[:] = ((0, 0, 0), (0, 2, 8))
+        for payload in (
+            dump(Choose(rows=2, order="transformers", logits=True)),
+            dump(Score(rows=2)),
+            *([dump(Backward(rows=2))] if self._gradients else []),
+        ):
+            reply = self.handle(client, payload, [])
+            if isinstance(reply, Failed):
+                raise RuntimeError("the sealed head cannot answer")
+        mask_to_top(arrays.logits, 2)
 
     def serve(self, listener: socket.socket, lifeline: int) -> None:
         """Answer clients of `listener` until the process that holds the other end of `lifeline` is gone."""
@@ -223,6 +292,14 @@ class Server:
                 return self._open(client, request, descriptors)
             case Step() as request:
                 return self._step(client, request)
+            case Choose() as request:
+                return self._choose(client, request)
+            case Score() as request:
+                return self._score(client, request)
+            case Backward() as request:
+                return self._backward(client, request)
+            case Reveal() as request:
+                return self._reveal(client, request)
 
     def _status(self) -> StatusIs:
         sessions = [client.session for client in self._clients if client.session]
@@ -232,6 +309,8 @@ class Server:
             steps=self._counters.steps,
             tokens=self._counters.tokens,
             refused=self._counters.refused,
+            used=self._meter.used,
+            left=self._meter.left,
         )
 
     def _open(self, client: Client, request: Open, descriptors: list[int]) -> Opened:
@@ -248,6 +327,10 @@ class Server:
             context=self._limits.context,
             hidden_size=self._prefix.hidden_size,
             dtype=self._prefix.dtype,
+            vocab_size=self._limits.vocab_size,
+            rows=request.rows,
+            logit_rows=request.logit_rows,
+            history=request.history,
         )
         try:
             descriptors.append(create_shared_memory(layout))
@@ -264,13 +347,12 @@ class Server:
         return Opened(nbytes=layout.nbytes())
 
     def _step(self, client: Client, request: Step) -> Stepped:
-        session = client.session
-        if session is None:
-            raise Refused("order", "Open a session before the first step.")
+        session = _session(client)
         step = check_step(request, session.arrays, session.layout, self._limits, session.blocks)
         session.ledger.admit(step)
         started = time.perf_counter_ns()
         try:
+            self._meter.charge(tokens=request.tokens)
             with torch.inference_mode():
                 session.arrays.hidden[: request.tokens] = self._prefix.run(step, session.cache)
         except NoCacheMemory:
@@ -283,6 +365,72 @@ class Server:
         self._counters.steps += 1
         self._counters.tokens += request.tokens
         return Stepped(tokens=request.tokens, compute_us=(time.perf_counter_ns() - started) // 1000)
+
+    def _choose(self, client: Client, request: Choose) -> Chosen:
+        session, head = _session(client), self._sealed_head()
+        rights = self._meter.rights
+        self._meter.need(rights.generate, "choosing tokens")
+        if request.logits:
+            self._meter.need(rights.all_logits or rights.top_k > 0, "logits")
+        choice = check_choice(request, session.arrays, session.layout, self._limits)
+        self._meter.charge(answers=request.rows)
+        started = time.perf_counter_ns()
+        with torch.inference_mode():
+            keep = torch.empty(request.rows, head.vocab_size) if request.logits else None
+            session.arrays.chosen[: request.rows] = head.choose(choice, keep)
+            if keep is not None:
+                session.arrays.logits[: request.rows] = self._allowed(keep)
+        return Chosen(rows=request.rows, compute_us=(time.perf_counter_ns() - started) // 1000)
+
+    def _score(self, client: Client, request: Score) -> Scored:
+        session, head = _session(client), self._sealed_head()
+        rights = self._meter.rights
+        self._meter.need(rights.all_logits or rights.top_k > 0, "logits")
+        states = self._logit_rows(session, request.rows)
+        self._meter.charge(answers=request.rows)
+        with torch.inference_mode():
+            session.arrays.logits[: request.rows] = self._allowed(head.logits(states))
+        return Scored(rows=request.rows)
+
+    def _backward(self, client: Client, request: Backward) -> Gradients:
+        session, head = _session(client), self._sealed_head()
+        self._meter.need(self._gradients, "gradients through the sealed head")
+        states = self._logit_rows(session, request.rows)
+        above = session.arrays.logits[: request.rows].clone()
+        self._meter.charge(answers=request.rows)
+        session.arrays.states[: request.rows] = head.backward(states, above)
+        return Gradients(rows=request.rows)
+
+    def _reveal(self, client: Client, request: Reveal) -> Revealed:
+        session = _session(client)
+        if self._words is None:
+            raise Refused("order", "The head of this bundle is not shuffled, so there is nothing to reveal.")
+        rights = self._meter.rights
+        self._meter.need(rights.generate or rights.all_logits, "choosing tokens")
+        words = check_words(session.arrays, session.layout, self._limits, request.count)
+        if not rights.all_logits:  # else the whole order is the customer's to know
+            self._meter.charge(answers=request.count)
+        session.arrays.chosen[: request.count] = self._words[words]
+        return Revealed(count=request.count)
+
+    @property
+    def _gradients(self) -> bool:
+        """Whether gradients may go through the sealed head. Training an adapter needs them; nobody else does."""
+        return self._meter.lease is not None and self._meter.rights.tune
+
+    def _sealed_head(self) -> SealedHead:
+        if self._head is None:
+            raise Refused("order", "The head of this bundle is not sealed; compute it outside.")
+        return self._head
+
+    def _logit_rows(self, session: Session, rows: int) -> torch.Tensor:
+        if rows > session.layout.logit_rows:
+            raise Refused("shape", "The request has more rows of logits than the session was opened for; split it.")
+        return check_rows(session.arrays, session.layout, rows)
+
+    def _allowed(self, logits: torch.Tensor) -> torch.Tensor:
+        rights = self._meter.rights
+        return logits if rights.all_logits else mask_to_top(logits, rights.top_k)
 
     def _send(self, client: Client, reply: BaseModel, descriptors: list[int]) -> None:
         frame = encode_frame(dump(reply))
@@ -299,13 +447,19 @@ class Server:
             return  # it is dropped next anyway
 
 
+def _session(client: Client) -> Session:
+    if client.session is None:
+        raise Refused("order", "Open a session before the first request of that kind.")
+    return client.session
+
+
 def place_of(error: BaseException) -> str:
     """Type and place of an unexpected error, without its text, which may hold data of either party."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"The enclave met an internal error ({type(error).__name__} at {Path(frame.filename).name}:{frame.lineno})."
 
 
-def limits_for(prefix: Prefix, max_kv_tokens: int) -> Limits:
+def limits_for(prefix: Prefix, max_kv_tokens: int, head: Head) -> Limits:
     """The limits that an enclave with this prefix grants."""
     return Limits(
         max_kv_tokens=max_kv_tokens,
@@ -315,16 +469,24 @@ def limits_for(prefix: Prefix, max_kv_tokens: int) -> Limits:
         context=prefix.context,
         vocab_size=prefix.vocab_size,
         windows=prefix.windows,
+        head=head,
+        max_rows=512,
+        max_logits=1 << 26,
+        max_history=1 << 22,
     )
 
 
-def welcome_for(prefix: Prefix, limits: Limits, kind: str, digest: str, blocks: int) -> Welcome:
+def welcome_for(prefix: Prefix, limits: Limits, kind: str, digest: str, blocks: int, meter: Meter) -> Welcome:
     """The answer to `Hello`: what this enclave is, and what it holds. `blocks` is the number of sealed blocks."""
+    lease = meter.lease
     return Welcome(
         enclave=kind,
         measures=[],
         bundle_digest=digest,
         prefix=blocks,
+        head=limits.head,
+        rights=meter.rights,
+        lease=lease and LeaseIs(customer=lease.sub, ends=lease.exp, tokens=lease.tokens, rate=lease.rate),
         dtype=str(prefix.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         hidden_size=prefix.hidden_size,
         vocab_size=prefix.vocab_size,
@@ -333,4 +495,6 @@ def welcome_for(prefix: Prefix, limits: Limits, kind: str, digest: str, blocks: 
         max_kv_tokens=limits.max_kv_tokens,
         max_step_tokens=limits.max_step_tokens,
         max_sequences=limits.max_sequences,
+        max_rows=limits.max_rows,
+        max_logits=limits.max_logits,
     )

@@ -5,15 +5,21 @@ read, and calls may come in any order. So each function takes private copies, ch
 is changed, and raises `Refused` with a code that is part of the protocol.
 """
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.ma  # numpy imports it on first use in some calls, when the enclave can open no file any more
+import torch
 
+from semiopen.bundle.lease import EVERYTHING, Lease, Rights, check_time
+from semiopen.errors import LeaseError
 from semiopen.model.packed_step import WHOLE, PackedStep, slots_of
-from semiopen.protocol.channel import Layout, SharedArrays
-from semiopen.protocol.messages import FailureCode, Open, Step
+from semiopen.model.plan import Head
+from semiopen.protocol.channel import SETTINGS, Layout, SharedArrays
+from semiopen.protocol.messages import Choose, FailureCode, Open, Step
 
 _FEW_SLOTS = 1 << 16  # of which looking at some twice costs less than finding out which
 
@@ -41,6 +47,10 @@ class Limits:
     context: int
     vocab_size: int
     windows: tuple[int, ...]
+    head: Head
+    max_rows: int
+    max_logits: int  # numbers in a session's region of logits
+    max_history: int
 
 
 class CheckedStep(PackedStep):
@@ -67,6 +77,118 @@ def check_open(request: Open, limits: Limits, open_sessions: int, kv_tokens_in_u
             f"The KV cache has room for {free} of {limits.max_kv_tokens} tokens; ask for less, or start the enclave "
             "with more.",
         )
+    if request.rows and limits.head == "open":
+        raise Refused("limit", "The head of this bundle is open, so it has no rows here; open the session without.")
+    logits = request.logit_rows * limits.vocab_size
+    if request.rows > limits.max_rows or request.logit_rows > request.rows or logits > limits.max_logits:
+        raise Refused(
+            "limit",
+            f"A request to the head may hold at most {limits.max_rows} rows, of which "
+            f"{limits.max_logits // limits.vocab_size} with logits; ask for less.",
+        )
+    if request.history > limits.max_history:
+        raise Refused("limit", f"A session's history may hold at most {limits.max_history} tokens; ask for less.")
+
+
+class Meter:
+    """What a lease allows, and how much of it is used: tokens through the prefix, and answers of the head.
+
+    Both are counted by themselves, and the larger counts: a text of so many tokens passes once through each. What was
+    counted is never taken back, whatever becomes of the request.
+    """
+
+    def __init__(
+        self,
+        lease: Lease | None,
+        used: tuple[int, int] = (0, 0),
+        save: Callable[[int, int], None] = lambda prefix, head: None,
+        wall: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            lease: verified; None allows everything.
+            used: by earlier runs: tokens, answers.
+            save: called with both before anything is done for them.
+            wall: seconds since 1970. The host may set it, so that it is believed only where it is later than `steady`
+                makes it.
+            steady: seconds of a clock that nobody sets.
+        """
+        self.lease = lease
+        self.rights: Rights = lease.rights if lease else EVERYTHING
+        self._used = list(used)
+        self._save = save
+        self._wall, self._steady = wall, steady
+        self._began = wall(), steady()
+        self._allowance = float(lease.rate) if lease and lease.rate else math.inf
+        self._filled = steady()
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Tokens of the prefix and answers of the head."""
+        return self._used[0], self._used[1]
+
+    @property
+    def used(self) -> int:
+        """Of the lease's tokens."""
+        return max(self._used)
+
+    @property
+    def left(self) -> int | None:
+        """Of the lease's tokens; None without a limit."""
+        return None if self.lease is None or self.lease.tokens is None else self.lease.tokens - self.used
+
+    def charge(self, tokens: int = 0, answers: int = 0) -> None:
+        """Count tokens of the prefix and answers of the head, before they are given.
+
+        Raises:
+            Refused: `lease`; nothing is counted then.
+        """
+        lease = self.lease
+        if lease is None:
+            self._used[0] += tokens
+            self._used[1] += answers
+            return
+        self._check_time(lease)
+        after = self._used[0] + tokens, self._used[1] + answers
+        if lease.tokens is not None and max(after) > lease.tokens:
+            raise Refused(
+                "lease",
+                f"The lease has {lease.tokens - self.used} of {lease.tokens} tokens left and this needs more; ask the "
+                "vendor for another lease.",
+            )
+        self._check_rate(lease, max(tokens, answers))
+        try:
+            self._save(*after)
+        except OSError:
+            raise Refused("lease", "The use of the lease cannot be written down; see to its meter's disk.") from None
+        self._used[:] = after
+
+    def need(self, allowed: bool, right: str) -> None:
+        """Refuse (`lease`) what is not `allowed`; `right` names it."""
+        if not allowed:
+            raise Refused("lease", f"The lease does not allow {right}; ask the vendor for one that does.")
+
+    def _check_time(self, lease: Lease) -> None:
+        wall, steady = self._began
+        now = max(self._wall(), wall + self._steady() - steady)
+        try:
+            check_time(lease, now)
+        except LeaseError as error:
+            raise Refused("lease", str(error)) from None
+
+    def _check_rate(self, lease: Lease, tokens: int) -> None:
+        """A minute's tokens may go at once; what is over that is owed, and waited for before the next request."""
+        if lease.rate is None:
+            return
+        now = self._steady()
+        self._allowance = min(float(lease.rate), self._allowance + (now - self._filled) * lease.rate / 60)
+        self._filled = now
+        if self._allowance <= 0:
+            wait = math.ceil(-self._allowance * 60 / lease.rate) + 1
+            raise Refused("lease", f"The lease allows {lease.rate} tokens a minute; try again in {wait} seconds.")
+        self._allowance -= tokens
 
 
 class SlotLedger:
@@ -234,3 +356,107 @@ def check_step(request: Step, arrays: SharedArrays, layout: Layout, limits: Limi
 def _is_outside(numbers: np.ndarray, end: int) -> bool:
     """Whether one of these int64 numbers is negative, or `end` or more."""
     return numbers.size > 0 and bool(numbers.view(np.uint64).max() >= end)  # a negative one looks very large
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one row's token is chosen; see `model.sampling.Cuts`. `place` counts the tokens drawn with `seed`."""
+
+    temperature: float
+    top_p: float
+    min_p: float
+    repetition: float
+    presence: float
+    frequency: float
+    top_k: int
+    seed: int
+    place: int
+    min_p_last: bool
+
+
+@dataclass(frozen=True)
+class CheckedChoice:
+    """Rows to choose tokens for, every number of which has been checked; only `check_choice` makes one."""
+
+    states: torch.Tensor
+    cuts: tuple[Cut, ...]
+    _tokens: np.ndarray
+    _at: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    def part(self, begin: int, end: int) -> "CheckedChoice":
+        """Some of the rows."""
+        return CheckedChoice(self.states[begin:end], self.cuts[begin:end], self._tokens, self._at[begin:end])
+
+    def history(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Earlier tokens of a row: its prompt's, and its answer's so far."""
+        begin, answer, end = self._at[row]
+        return self._tokens[begin:answer], self._tokens[answer:end]
+
+
+def check_rows(arrays: SharedArrays, layout: Layout, rows: int) -> torch.Tensor:
+    """A private copy [R, H] of the states below the head.
+
+    Raises:
+        Refused: `shape`.
+    """
+    if rows > layout.rows:
+        raise Refused("shape", "The request has more rows than the session was opened for; split it.")
+    states = arrays.states[:rows].clone()
+    if not bool(torch.isfinite(states).all()):
+        raise Refused("shape", "A state holds a number that is not finite.")
+    return states
+
+
+def check_choice(request: Choose, arrays: SharedArrays, layout: Layout, limits: Limits) -> CheckedChoice:
+    """Copy what a choice needs out of shared memory and check every number in it.
+
+    Raises:
+        Refused: `shape` or `token`.
+    """
+    states = check_rows(arrays, layout, request.rows)
+    if request.logits and request.rows > layout.logit_rows:
+        raise Refused("shape", "The request asks for more rows of logits than the session was opened for; split it.")
+    settings = arrays.settings[: request.rows].astype(np.float64)
+    choices = arrays.choices[: request.rows].astype(np.int64)
+    at = arrays.history_at[: request.rows].astype(np.int64)
+    low, high = np.array(_RANGES).T
+    if not (np.isfinite(settings) & (settings >= low) & (settings <= high)).all():
+        allowed = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in zip(SETTINGS, _RANGES, strict=True))
+        raise Refused("shape", f"A setting of the choice is out of range: {allowed}.")
+    if (choices[:, 0] < 0).any() or (choices[:, 3] < 0).any():
+        raise Refused("shape", "top_k and a token's number must not be negative.")
+    if at.size and (at[:, 0].min() < 0 or (np.diff(at, axis=1) < 0).any() or at[:, 2].max() > layout.history):
+        raise Refused("shape", "A row's history does not lie in the region for it.")
+    # Rows may share tokens, so that the longest is what a row costs.
+    if at.size and (at[:, 2] - at[:, 0]).max() > limits.context:
+        raise Refused("context", f"A row's history is longer than the context of {limits.context} tokens.")
+    tokens = arrays.history[: int(at[:, 2].max())].astype(np.int64)
+    if _is_outside(tokens, limits.vocab_size):
+        raise Refused("token", f"A token of the history is outside the vocabulary of {limits.vocab_size}.")
+    last = request.order == "transformers"
+    cuts = tuple(
+        Cut(*numbers, top_k=top_k, seed=(high << 32) | (low & 0xFFFFFFFF), place=place, min_p_last=last)
+        for numbers, (top_k, low, high, place) in zip(settings.tolist(), choices.tolist(), strict=True)
+    )
+    return CheckedChoice(states, cuts, tokens, at)
+
+
+def check_words(arrays: SharedArrays, layout: Layout, limits: Limits, count: int) -> np.ndarray:
+    """A private copy [count] of the numbers of words that shall be revealed.
+
+    Raises:
+        Refused: `shape` or `token`.
+    """
+    if count > layout.rows:
+        raise Refused("shape", "The request has more words than the session was opened for; split it.")
+    words = arrays.chosen[:count].astype(np.int64)
+    if _is_outside(words, limits.vocab_size):
+        raise Refused("token", f"A word is outside the vocabulary of {limits.vocab_size}.")
+    return words
+
+
+# Of temperature, top_p, min_p, and the penalties: repetition, presence, frequency.
+_RANGES = ((0.0, 1e6), (0.0, 1.0), (0.0, 1.0), (0.01, 100.0), (-100.0, 100.0), (-100.0, 100.0))

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +19,18 @@ from semiopen.protocol.channel import Layout, SharedArrays
 from semiopen.protocol.framing import FrameDecoder, encode_frame
 from semiopen.protocol.messages import (
     REPLY,
+    Backward,
+    Choose,
+    Chosen,
     Failed,
+    Gradients,
     Hello,
     Open,
     Opened,
+    Reveal,
+    Revealed,
+    Score,
+    Scored,
     Status,
     StatusIs,
     Step,
@@ -33,6 +41,8 @@ from semiopen.protocol.messages import (
 )
 
 ReplyT = TypeVar("ReplyT", bound=BaseModel)
+
+_ROWS, _HISTORY = 64, 1 << 16  # of a session with a sealed head, at least
 
 _GONE = "The enclave has stopped and its conversations are lost; load the model again to start a new one."
 
@@ -56,6 +66,31 @@ class StepInput:
     block_tables: np.ndarray
     copies: Sequence[tuple[int, int]] = ()
     score_cap: bool = True
+
+
+@dataclass(frozen=True)
+class RowChoice:
+    """How the token of one row is chosen; neutral by default, but for `temperature`, of which 0 takes the likeliest.
+
+    Attributes:
+        temperature, top_p, top_k, min_p: what may be drawn.
+        repetition, presence, frequency: penalties.
+        seed: 64 bits.
+        place: how many tokens were drawn with that seed before.
+        prompt, answer: earlier tokens; needed where there are penalties.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    seed: int = 0
+    place: int = 0
+    prompt: Sequence[int] = ()
+    answer: Sequence[int] = ()
 
 
 class EnclaveClient:
@@ -84,17 +119,22 @@ class EnclaveClient:
             ) from None
         _check_peer(self._socket, path)
         self._arrays: SharedArrays | None = None
+        self.layout: Layout
         self.welcome = self._ask(Hello(), Welcome)
 
     def open(self, blocks: int, block_size: int, step_tokens: int, sequences: int, by_window: bool = False) -> None:
         """Reserve a KV cache of `blocks` blocks and shared memory for steps of the given size.
 
-        With `by_window` a sequence has a block table for each of the enclave's windows, else one for all.
+        With `by_window` a sequence has a block table for each of the enclave's windows, else one for all. Where the
+        head is not open, there is room for as many rows as sequences at once.
 
         Raises:
             EnclaveError: the enclave does not have that much left.
         """
         welcome = self.welcome
+        rows = 0 if welcome.head == "open" else min(max(sequences, _ROWS), welcome.max_rows)
+        logit_rows = min(rows, welcome.max_logits // welcome.vocab_size) if welcome.head == "sealed" else 0
+        history = min(max(welcome.context, _HISTORY), 1 << 22) if welcome.head == "sealed" else 0
         layout = Layout(
             step_tokens=step_tokens,
             sequences=sequences,
@@ -104,9 +144,20 @@ class EnclaveClient:
             context=welcome.context,
             hidden_size=welcome.hidden_size,
             dtype=getattr(torch, welcome.dtype),
+            vocab_size=welcome.vocab_size,
+            rows=rows,
+            logit_rows=logit_rows,
+            history=history,
         )
         request = Open(
-            blocks=blocks, block_size=block_size, by_window=by_window, step_tokens=step_tokens, sequences=sequences
+            blocks=blocks,
+            block_size=block_size,
+            by_window=by_window,
+            step_tokens=step_tokens,
+            sequences=sequences,
+            rows=rows,
+            logit_rows=logit_rows,
+            history=history,
         )
         opened = self._ask(request, Opened)
         if opened.nbytes != layout.nbytes():
@@ -151,6 +202,128 @@ class EnclaveClient:
             hidden = arrays.hidden[:tokens]
             return hidden if out is None else out.copy_(hidden)
 
+    def choose(
+        self,
+        states: torch.Tensor,
+        rows: Sequence[RowChoice],
+        order: Literal["vllm", "transformers"],
+        logits: bool = False,
+    ) -> tuple[np.ndarray, torch.Tensor | None]:
+        """Have a sealed head choose the next token of each row.
+
+        Args:
+            states: [R, H] of the last open block, on any device.
+            rows: R settings.
+            order: of the filters; see `model.sampling.Cuts`.
+            logits: whether what the lease allows of the logits comes with them.
+
+        Returns:
+            Tokens [R] int64; and logits [R, V] fp32, which are log-probabilities of the likeliest tokens, and minus
+            infinity elsewhere, where the lease allows only those.
+
+        Raises:
+            EnclaveError: the enclave refuses (`lease`), or is gone.
+        """
+        tokens: list[np.ndarray] = []
+        kept: list[torch.Tensor] = []
+        begin = 0
+        while begin < len(rows):
+            with self._lock:
+                arrays = self._need_arrays()
+                end = self._put_rows(arrays, states, rows, begin, logits)
+                count = end - begin
+                self._exchange(Choose(rows=count, order=order, logits=logits), Chosen)
+                tokens.append(arrays.chosen[:count].astype(np.int64))
+                if logits:
+                    kept.append(arrays.logits[:count].clone())
+            begin = end
+        return np.concatenate(tokens), torch.cat(kept) if logits else None
+
+    def score(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] fp32 of states [R, H] from a sealed head, as `choose` returns them.
+
+        Raises:
+            EnclaveError: the enclave refuses (`lease`), or is gone.
+        """
+        parts = []
+        for part in states.split(self.layout.logit_rows):
+            with self._lock:
+                arrays = self._need_arrays()
+                arrays.states[: len(part)] = part.to("cpu")
+                self._exchange(Score(rows=len(part)), Scored)
+                parts.append(arrays.logits[: len(part)].clone())
+        return torch.cat(parts)
+
+    def backward(self, states: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+        """Gradients [R, H] of states [R, H] below a sealed head, from those of its logits [R, V].
+
+        Raises:
+            EnclaveError: the enclave refuses (`lease`), or is gone.
+        """
+        parts = []
+        size = self.layout.logit_rows
+        for part, above in zip(states.split(size), gradients.split(size), strict=True):
+            with self._lock:
+                arrays = self._need_arrays()
+                arrays.states[: len(part)] = part.to("cpu")
+                arrays.logits[: len(part)] = above.to("cpu")
+                self._exchange(Backward(rows=len(part)), Gradients)
+                parts.append(arrays.states[: len(part)].clone())
+        return torch.cat(parts)
+
+    def reveal(self, words: np.ndarray) -> np.ndarray:
+        """True numbers [N] int64 of the words [N] of a shuffled head.
+
+        Raises:
+            EnclaveError: the enclave refuses (`lease`), or is gone.
+        """
+        found = []
+        for begin in range(0, len(words), self.layout.rows):
+            part = words[begin : begin + self.layout.rows]
+            with self._lock:
+                arrays = self._need_arrays()
+                arrays.chosen[: len(part)] = part
+                self._exchange(Reveal(count=len(part)), Revealed)
+                found.append(arrays.chosen[: len(part)].astype(np.int64))
+        return np.concatenate(found)
+
+    def _need_arrays(self) -> SharedArrays:
+        assert self._arrays is not None, "open a session first"
+        return self._arrays
+
+    def _put_rows(
+        self, arrays: SharedArrays, states: torch.Tensor, rows: Sequence[RowChoice], begin: int, logits: bool
+    ) -> int:
+        """Write as many rows from `begin` on as fit, and return which is the first that does not."""
+        room = self.layout.logit_rows if logits else self.layout.rows
+        at = 0
+        end = begin
+        while end < len(rows) and end - begin < room:
+            row, place = rows[end], end - begin
+            penalised = row.repetition != 1 or row.presence or row.frequency
+            prompt, answer = (row.prompt, row.answer) if penalised else ((), ())
+            after = at + len(prompt) + len(answer)
+            if after > self.layout.history:
+                if end > begin:
+                    break
+                raise EnclaveError("A text is longer than the context, so that penalties cannot be applied.", "context")
+            arrays.history[at : at + len(prompt)] = prompt
+            arrays.history[at + len(prompt) : after] = answer
+            arrays.history_at[place] = (at, at + len(prompt), after)
+            arrays.settings[place] = (
+                row.temperature,
+                row.top_p,
+                row.min_p,
+                row.repetition,
+                row.presence,
+                row.frequency,
+            )
+            low, high = row.seed & 0xFFFFFFFF, row.seed >> 32 & 0xFFFFFFFF
+            arrays.choices[place] = (row.top_k, _signed(low), _signed(high), row.place)
+            at, end = after, end + 1
+        arrays.states[: end - begin] = states[begin:end].to("cpu")
+        return end
+
     def status(self) -> StatusIs:
         """The enclave's counters."""
         return self._ask(Status(), StatusIs)
@@ -187,6 +360,10 @@ class EnclaveClient:
                 raise ConnectionResetError
             for payload in self._decoder.feed(data):
                 return payload
+
+
+def _signed(half: int) -> int:
+    return half - (1 << 32) if half >= 1 << 31 else half
 
 
 def _check_peer(connection: socket.socket, path: Path | str) -> None:

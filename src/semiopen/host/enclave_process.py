@@ -12,7 +12,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from semiopen.bundle.keys import load_sealing_key, load_vendor_key
-from semiopen.errors import EnclaveError
+from semiopen.bundle.lease import LONGEST_LEASE
+from semiopen.errors import EnclaveError, LeaseError
 from semiopen.protocol.framing import FrameDecoder, encode_frame
 from semiopen.protocol.messages import START_REPLY, DType, Failed, Provision, dump, parse
 
@@ -30,6 +31,8 @@ class EnclaveProcess:
         threads: int = 0,
         socket_path: Path | None = None,
         max_kv_tokens: int = DEFAULT_MAX_KV_TOKENS,
+        lease: Path | None = None,
+        meter: Path | None = None,
     ) -> None:
         """Spawn an enclave and hand it the sealing key over its standard input; does not wait for it to load.
 
@@ -40,13 +43,19 @@ class EnclaveProcess:
             threads: CPU threads of the enclave; 0 for torch's choice.
             socket_path: where it shall listen; a private temporary path when None.
             max_kv_tokens: tokens that the KV caches of all its sessions may hold.
+            lease: file of the vendor's lease, for bundles that need one.
+            meter: file in which the enclave counts the use of the lease over restarts; LEASE.used when None.
 
         Raises:
             KeyFolderError: the keys are not usable.
+            LeaseError: the lease's file cannot be read.
             EnclaveError: the socket path is taken.
         """
         sealing_key = load_sealing_key(keys)
         vendor_key = load_vendor_key(keys).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+        permission = None if lease is None else read_lease(lease)
+        if lease is not None and meter is None:
+            meter = lease.with_name(lease.name + ".used")
         self._folder = None if socket_path else Path(tempfile.mkdtemp(prefix="semiopen-"))
         self.socket_path = socket_path or Path(self._folder or "", "enclave.sock")
         try:
@@ -73,6 +82,8 @@ class EnclaveProcess:
             dtype=dtype,
             threads=threads,
             max_kv_tokens=max_kv_tokens,
+            lease=permission,
+            meter=None if meter is None else str(meter.resolve()),
         )
         assert self._process.stdin is not None
         try:
@@ -129,6 +140,25 @@ class EnclaveProcess:
         self.socket_path.unlink(missing_ok=True)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def read_lease(path: Path) -> str:
+    """The text of a lease's file.
+
+    Raises:
+        LeaseError: it cannot be read, or is too large to be a lease.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(LONGEST_LEASE + 1)
+        text = data.decode("ascii").strip()
+    except OSError as error:
+        raise LeaseError(f"The lease {path} cannot be read ({error.strerror}); check the path.") from None
+    except UnicodeDecodeError:
+        raise LeaseError(f"{path} is no lease; give the file that `semiopen lease new` wrote.") from None
+    if len(text) > LONGEST_LEASE:
+        raise LeaseError(f"{path} is far too large to be a lease; give the file that `semiopen lease new` wrote.")
+    return text
 
 
 def _listen(path: Path) -> socket.socket:

@@ -30,6 +30,7 @@ def load(
     vendor_key: str | Path | None = None,
     kv_tokens: int = DEFAULT_KV_TOKENS,
     threads: int = 0,
+    lease: str | Path | None = None,
     **kwargs: Any,
 ) -> "PreTrainedModel":
     """Open a bundle as a transformers model whose embedding is the enclave.
@@ -43,6 +44,8 @@ def load(
             enclave has checked the signature, and the files are checked against what it says.
         kv_tokens: tokens that all running sequences together may hold in the enclave.
         threads: CPU threads of a dev enclave started here; 0 for torch's choice.
+        lease: file of the vendor's lease, for bundles that need one, where the enclave is started here. Its use is
+            counted in LEASE.used.
         kwargs: for transformers' `from_pretrained`, such as `device_map` or `attn_implementation`.
 
     Returns:
@@ -53,6 +56,7 @@ def load(
         BundleError: a file of the bundle is not what the vendor signed.
         EnclaveError: no enclave, or it refuses.
         KeyFolderError: the keys are not usable.
+        LeaseError: the lease cannot be read.
     """
     folder = Path(bundle)
     check_is_bundle(folder)
@@ -62,12 +66,15 @@ def load(
             "Say how to reach the enclave: keys=FOLDER starts a dev enclave; enclave=SOCKET, or the environment "
             f"variable {ENCLAVE_SETTING}, names one that 'semiopen enclave' started."
         )
+    if lease is not None and keys is None:
+        raise EnclaveError("A running enclave has its own lease; give --lease to `semiopen enclave` instead.")
     trusted_key = load_vendor_key(Path(vendor_key or keys)) if vendor_key or keys else None  # type: ignore[arg-type]
     with contextlib.ExitStack() as cleanup:
         process = None
         if keys is not None:
             name = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
-            process = EnclaveProcess(folder, Path(keys), name, threads)  # type: ignore[arg-type]
+            permission = None if lease is None else Path(lease)
+            process = EnclaveProcess(folder, Path(keys), name, threads, lease=permission)  # type: ignore[arg-type]
             cleanup.callback(process.close)
 
         # Only now: these import torch and transformers, while the enclave does the same.

@@ -4,20 +4,24 @@ One hook on the decoder turns token ids into states from the enclave and keeps t
 with the transformers cache. What cannot be answered exactly is refused here, in a sentence.
 """
 
+import copy
 import functools
 import inspect
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from semiopen.errors import UnsupportedCallError
+from semiopen.host import sealed_generation
 from semiopen.host.cache import FollowsEnclave, follow
 from semiopen.host.embedding import EnclaveEmbedding, EnclaveSession
+from semiopen.host.enclave_head import EnclaveHead, Generating, ShuffledHead
 from semiopen.host.sequences import Rows
 from semiopen.model.families import FAMILIES
 from semiopen.model.parts import NoPositions
+from semiopen.model.split import HEAD_SETTING
 
 
 class SemiopenModel:
@@ -32,6 +36,15 @@ class SemiopenModel:
             setattr(decoder, family.positions, NoPositions())
         if family.dropout:
             setattr(decoder, family.dropout, nn.Identity())
+        head = getattr(config, HEAD_SETTING, "open")
+        if head == "sealed":
+            setattr(decoder, family.norm, nn.Identity())
+            self.set_output_embeddings(EnclaveHead(self.enclave, config.vocab_size))  # type: ignore[attr-defined]
+        elif head == "shuffled":
+            projection = cast(nn.Module, self.get_output_embeddings())  # type: ignore[attr-defined]
+            self.set_output_embeddings(  # type: ignore[attr-defined]
+                ShuffledHead(self.enclave, config.vocab_size, projection)
+            )
         signature = inspect.signature(decoder.forward)
         decoder.register_forward_pre_hook(functools.partial(_run_prefix, signature), with_kwargs=True)
 
@@ -39,6 +52,49 @@ class SemiopenModel:
     def enclave(self) -> EnclaveEmbedding:
         """The embedding that is the enclave."""
         return cast(EnclaveEmbedding, self.get_input_embeddings())  # type: ignore[attr-defined]
+
+    @property
+    def enclave_head(self) -> EnclaveHead | None:
+        """The head, where it is sealed or shuffled."""
+        head = self.get_output_embeddings()  # type: ignore[attr-defined]
+        return head if isinstance(head, EnclaveHead) else None
+
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """Transformers' `generate`; with a head that gives no logits, the enclave chooses the tokens.
+
+        Raises:
+            UnsupportedCallError: a setting that needs logits, which the lease does not allow.
+            EnclaveError: the enclave refuses (`lease`), or is gone.
+        """
+        head = self.enclave_head
+        if head is None or head.gives_logits:
+            return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+        prepare = cast(Any, self)._prepare_generation_config
+        settings: GenerationConfig = prepare(generation_config, **kwargs)[0]
+        sealed_generation.check(settings, kwargs, penalties=not isinstance(head, ShuffledHead))
+        prompts = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if prompts is None:
+            raise UnsupportedCallError("Give generate the prompt's input_ids.")
+        copies = settings.num_return_sequences or 1
+        if copies > 1:
+            prompts = prompts.repeat_interleave(copies, dim=0)
+            if kwargs.get("attention_mask") is not None:
+                kwargs["attention_mask"] = kwargs["attention_mask"].repeat_interleave(copies, dim=0)
+        if generation_config is None:
+            kwargs.update(sealed_generation.NO_CHOICE)
+        else:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**sealed_generation.NO_CHOICE)
+            kwargs = {name: value for name, value in kwargs.items() if name not in sealed_generation.NO_CHOICE}
+        if head.generating is not None:
+            raise UnsupportedCallError("This model generates already; a sealed head takes one generate at a time.")
+        head.generating = Generating(sealed_generation.rows_of(settings, prompts))
+        try:
+            return super().generate(prompts, generation_config, **kwargs)  # type: ignore[misc]
+        finally:
+            head.generating = None
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: without its sealed prefix the folder would not be a model."""

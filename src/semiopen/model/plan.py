@@ -1,50 +1,80 @@
 """The plan: what is placed where, and in which form. Five fields; every published system is a preset."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Head = Literal["open", "shuffled", "sealed"]
+Fold = Literal["none", "keyed"]
+
 
 class Plan(BaseModel):
-    """Placement of one model's parts. Today `prefix` varies; other fields accept the one value implemented."""
+    """Placement of one model's parts. `kv` and `offload` accept the one value implemented."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     prefix: int = Field(ge=0, description="sealed decoder blocks, counted from the bottom; 0 seals the embedding alone")
-    head: Literal["open"] = "open"
-    fold: Literal["none"] = "none"
+    head: Head = Field(default="open", description="who holds norm, projection and sampling; shuffled: the order of the words")
+    fold: Fold = Field(default="none", description="keyed: all weights are stored in a secret basis of this customer")
     kv: Literal["plain"] = "plain"
     offload: Literal["none"] = "none"
 
 
-def plan_for(num_layers: int, prefix: int | None, preset: str | None, measure: Callable[[], int] | None = None) -> Plan:
+def plan_for(
+    num_layers: int,
+    prefix: int | None,
+    preset: str | None,
+    measure: Callable[[], int] | None = None,
+    head: Head | None = None,
+    fold: Fold | None = None,
+) -> Plan:
     """Resolve the command line's `--prefix` or `--preset` into a plan.
 
     Args:
         num_layers: decoder blocks in the model.
         prefix: blocks to seal, 0..num_layers, or None.
-        preset: `embedding` (the token embedding alone), `bottom` (an eighth of the blocks, at least one) or `whole`
-            (every block; only the head stays open), `solid` (what the planner measures), or None. With neither,
-            `bottom`.
-        measure: the planner: returns the prefix of `solid`. Called for that preset alone.
+        preset: a key of `PRESETS`, or None. With neither, `bottom`.
+        measure: the planner: returns the prefix of `solid` and `recommended`. Called for those alone.
+        head, fold: instead of the preset's.
 
     Raises:
-        ValueError: both given, an unknown preset, `solid` without a planner, or a prefix out of range.
+        ValueError: both prefix and preset given, an unknown preset, one that measures without a planner, or a prefix
+            out of range.
     """
     if prefix is not None and preset is not None:
         raise ValueError("Give --prefix or --preset, not both.")
+    kind = PRESETS.get(preset or "bottom")
+    if kind is None:
+        raise ValueError(f"Preset {preset!r} is unknown; choose one of: {', '.join(PRESETS)}.")
+    if prefix is None and kind.prefix is not None:
+        prefix = kind.prefix(num_layers)
     if prefix is None:
-        sizes = {"embedding": 0, "bottom": max(1, num_layers // 8), "whole": num_layers}
-        if preset == "solid":
-            if measure is None:
-                raise ValueError("Preset 'solid' measures the model; use it with `semiopen seal`.")
-            sizes["solid"] = measure()
-        if (preset or "bottom") not in sizes:
-            raise ValueError(f"Preset {preset!r} is unknown; choose one of: {', '.join(sizes)}, solid.")
-        prefix = sizes[preset or "bottom"]
+        if measure is None:
+            raise ValueError(f"Preset {preset!r} measures the model; use it with `semiopen seal`.")
+        prefix = measure()
     if not 0 <= prefix <= num_layers:
         raise ValueError(
             f"Prefix {prefix} is out of range; this model has {num_layers} blocks, so give 0 to {num_layers}."
         )
-    return Plan(prefix=prefix)
+    return Plan(prefix=prefix, head=head or kind.head, fold=fold or kind.fold)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named plan. `prefix` counts sealed blocks of so many; None where the planner measures it."""
+
+    prefix: Callable[[int], int] | None
+    head: Head = "open"
+    fold: Fold = "none"
+
+
+PRESETS = {
+    "embedding": Preset(lambda num_layers: 0),
+    "bottom": Preset(lambda num_layers: max(1, num_layers // 8)),
+    "whole": Preset(lambda num_layers: num_layers),
+    "solid": Preset(None),
+    "distillock": Preset(lambda num_layers: 0, head="shuffled", fold="keyed"),
+    "recommended": Preset(None, head="sealed", fold="keyed"),
+}

@@ -15,6 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from semiopen.errors import UnsupportedModelError
 from semiopen.model.families import FAMILIES, PER_LAYER_LISTS, Family
+from semiopen.model.plan import Head
+
+HEAD_SETTING = "semiopen_head"  # in the host's config: what its head is, `Head`
 
 
 class Part(Enum):
@@ -43,6 +46,7 @@ class Split:
     base: str
     num_layers: int
     prefix: int
+    head: Head
     tied: bool
     prefix_config: PreTrainedConfig
     host_config: PreTrainedConfig
@@ -64,14 +68,18 @@ class Split:
             lead = name[: len(name) - len(local)]
             return Placement(Part.OPEN, f"{lead}{family.layers}.{index - self.prefix}.{match[2]}")
         if local == f"{family.embedding}.weight":
-            return Placement(Part.TIED, "lm_head.weight") if self.tied else Placement(Part.SEALED)
+            # A sealed head finds a tied embedding beside itself.
+            both = self.tied and self.head != "sealed"
+            return Placement(Part.TIED, "lm_head.weight") if both else Placement(Part.SEALED)
         if family.positions and local == f"{family.positions}.weight":
             return Placement(Part.SEALED)
         if local.startswith(f"{family.norm}."):
-            return Placement(Part.OPEN, name)
+            return Placement(Part.SEALED) if self.head == "sealed" else Placement(Part.OPEN, name)
         if any(name.startswith(f"{head}.") for head in family.heads):
             # A tied checkpoint may store the head as well; the embedding already provides it.
-            return Placement(Part.DROPPED) if self.tied else Placement(Part.OPEN, name)
+            if self.tied:
+                return Placement(Part.DROPPED)
+            return Placement(Part.SEALED) if self.head == "sealed" else Placement(Part.OPEN, name)
         if local.startswith("rotary_emb."):
             return Placement(Part.DROPPED)
         raise UnsupportedModelError(
@@ -116,12 +124,13 @@ def _rope_types(config: PreTrainedConfig) -> set[str]:
     return {str(entry.get("rope_type", "default")) for entry in nested}
 
 
-def split_config(config: PreTrainedConfig, prefix: int) -> Split:
+def split_config(config: PreTrainedConfig, prefix: int, head: Head = "open") -> Split:
     """Cut a full model's config after `prefix` blocks.
 
     Args:
         config: config of the whole model, as `AutoConfig.from_pretrained` gives it.
         prefix: blocks to seal, 0..num_hidden_layers.
+        head: where the head goes.
 
     Raises:
         UnsupportedModelError: see `check_supported`; or nothing would be sealed.
@@ -133,15 +142,19 @@ def split_config(config: PreTrainedConfig, prefix: int) -> Split:
         raise ValueError(f"Prefix {prefix} is out of range; the model has {num_layers} blocks.")
     model_class = causal_lm_class(config)
     tied = bool(config.tie_word_embeddings)
-    if tied and prefix == 0:
+    if tied and prefix == 0 and head == "open":
         raise UnsupportedModelError(
             "This model's embedding is tied to its open head, so sealing it alone would seal nothing; give --prefix 1 "
-            "or more."
+            "or more, or --head sealed."
         )
     host = cut_layers(config, prefix, num_layers)
     host.tie_word_embeddings = False
     prefix_config = cut_layers(config, 0, prefix)
     prefix_config.tie_word_embeddings = False
+    if head == "sealed" and getattr(host, "final_logit_softcapping", None):
+        host.final_logit_softcapping = None  # the enclave's head caps
+    if head != "open":
+        setattr(host, HEAD_SETTING, head)
     for part in (host, prefix_config):
         part.architectures = [model_class.__name__]
     return Split(
@@ -150,6 +163,7 @@ def split_config(config: PreTrainedConfig, prefix: int) -> Split:
         base=model_class.base_model_prefix,
         num_layers=num_layers,
         prefix=prefix,
+        head=head,
         tied=tied,
         prefix_config=prefix_config,
         host_config=host,

@@ -2,7 +2,7 @@
 
 Both sides compute the same layout from the numbers agreed in `Welcome` and `Open`. All integers are int32 in
 native byte order (one machine). Legend: T step tokens, S sequences, G block tables per sequence, W block-table
-columns, H hidden size.
+columns, H hidden size; for a sealed head R rows, L rows with logits, V vocabulary, Q tokens of history.
 
     token_ids    [T]        the tokens of all sequences, one after the other
     query_start  [S + 1]    where each sequence's tokens begin in token_ids; the last entry is their number
@@ -10,6 +10,14 @@ columns, H hidden size.
     block_tables [G, S, W]  KV blocks of each sequence, in order
     copies       [S, 2]     KV blocks to copy before the step: from, to
     hidden       [T, H]     states after the sealed prefix, in the enclave's dtype
+
+    states       [R, H]     states below a sealed head, in the enclave's dtype; gradients of them after `Backward`
+    settings     [R, 6]     fp32: temperature, top_p, min_p, repetition, presence, frequency penalty
+    choices      [R, 4]     top_k, seed (low and high half), number of the token, counted from the seed
+    history      [Q]        earlier tokens of all rows, one after the other: first a row's prompt, then its answer
+    history_at   [R, 3]     where each row's history begins, where its answer begins, where it ends
+    chosen       [R]        the tokens; numbers of words for `Reveal`, in and out
+    logits       [L, V]     fp32; gradients of them for `Backward`
 
 The enclave creates this memory and forbids resizing it, so that a host cannot make it fault by truncation.
 """
@@ -23,6 +31,7 @@ from math import prod
 import numpy as np
 import torch
 
+SETTINGS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 _ALIGN = 4096  # each region starts on a page of its own
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -43,6 +52,10 @@ class Layout:
     context: int
     hidden_size: int
     dtype: torch.dtype
+    vocab_size: int = 0
+    rows: int = 0
+    logit_rows: int = 0
+    history: int = 0
 
     @property
     def tables(self) -> int:
@@ -63,6 +76,13 @@ class Layout:
             "block_tables": (self.tables, self.sequences, self.table_width),
             "copies": (self.sequences, 2),
             "hidden": (self.step_tokens, self.hidden_size),
+            "states": (self.rows, self.hidden_size),
+            "settings": (self.rows, len(SETTINGS)),
+            "choices": (self.rows, 4),
+            "history": (self.history,),
+            "history_at": (self.rows, 3),
+            "chosen": (self.rows,),
+            "logits": (self.logit_rows, self.vocab_size),
         }
 
     def nbytes(self) -> int:
@@ -70,7 +90,7 @@ class Layout:
         return sum(_padded(prod(shape) * self._itemsize(name)) for name, shape in self.regions().items())
 
     def _itemsize(self, name: str) -> int:
-        return self.dtype.itemsize if name == "hidden" else 4
+        return self.dtype.itemsize if name in ("hidden", "states") else 4
 
 
 def _padded(nbytes: int) -> int:
@@ -78,27 +98,37 @@ def _padded(nbytes: int) -> int:
 
 
 class SharedArrays:
-    """A mapping of a session's shared memory, as numpy arrays and one torch tensor (`hidden`)."""
+    """A mapping of a session's shared memory: numpy arrays, and torch tensors for states and logits."""
 
     def __init__(self, fd: int, layout: Layout) -> None:
         self.layout = layout
         self._map = mmap.mmap(fd, layout.nbytes())
         offset = 0
         arrays: dict[str, np.ndarray] = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, shape in layout.regions().items():
             size = prod(shape)
-            if name == "hidden":
-                self.hidden = torch.frombuffer(self._map, dtype=layout.dtype, count=size, offset=offset).view(shape)
-            elif size == 0:
-                arrays[name] = np.empty(shape, dtype=np.int32)  # no sealed block, so no table
+            dtype = {"hidden": layout.dtype, "states": layout.dtype, "logits": torch.float32}.get(name)
+            if dtype is not None:
+                # An empty region has no place in the mapping.
+                flat = torch.frombuffer(self._map, dtype=dtype, count=size, offset=offset) if size else torch.empty(0)
+                tensors[name] = flat.to(dtype).view(shape)
             else:
-                arrays[name] = np.frombuffer(self._map, dtype=np.int32, count=size, offset=offset).reshape(shape)
+                kind = np.float32 if name == "settings" else np.int32
+                flat_array = np.frombuffer(self._map, dtype=kind, count=size, offset=offset) if size else np.empty(0)
+                arrays[name] = flat_array.astype(kind, copy=False).reshape(shape)
             offset += _padded(size * layout._itemsize(name))
+        self.hidden, self.states, self.logits = tensors["hidden"], tensors["states"], tensors["logits"]
         self.token_ids = arrays["token_ids"]
         self.query_start = arrays["query_start"]
         self.seq_lens = arrays["seq_lens"]
         self.block_tables = arrays["block_tables"]
         self.copies = arrays["copies"]
+        self.settings = arrays["settings"]
+        self.choices = arrays["choices"]
+        self.history = arrays["history"]
+        self.history_at = arrays["history_at"]
+        self.chosen = arrays["chosen"]
 
 
 def create_shared_memory(layout: Layout) -> int:

@@ -8,6 +8,10 @@ Tensors never travel here: they lie in the shared memory described by `channel`,
     Hello     Welcome     who are you, what do you hold
     Open      Opened      give me a KV cache of so many blocks, and the shared memory to talk through
     Step      Stepped     run the tokens that lie in shared memory through the sealed prefix
+    Choose    Chosen      a sealed head: choose tokens for the states that lie there; with them logits, if allowed
+    Score     Scored      a sealed head: logits of the states
+    Backward  Gradients   a sealed head: from gradients of the logits, those of the states
+    Reveal    Revealed    a shuffled head: what the words that lie there are in truth
     Status    StatusIs    how busy are you
 
 A process that provides an enclave with its key sends `Provision` on the enclave's standard input, behind the
@@ -18,7 +22,9 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from semiopen.bundle.lease import LONGEST_LEASE, Rights
 from semiopen.errors import ProtocolError
+from semiopen.model.plan import Head
 
 MessageT = TypeVar("MessageT")
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 8, 1024  # tokens in a KV block
@@ -40,10 +46,20 @@ class Hello(_Message):
     kind: Literal["hello"] = "hello"
 
 
+class LeaseIs(_Message):
+    """What limits this enclave by a lease: seconds since 1970, tokens in all, tokens per minute."""
+
+    customer: str
+    ends: Total
+    tokens: Total | None
+    rate: Total | None
+
+
 class Welcome(_Message):
     """What this enclave is and holds. `enclave` says in words what protects it.
 
-    `windows` are the distinct attention windows of its blocks in rising order, 0 for blocks that see all tokens.
+    `lease` is None where the bundle needs none and none was given. `windows` are the
+    distinct attention windows of its blocks in rising order, 0 for blocks that see all tokens.
     """
 
     kind: Literal["welcome"] = "welcome"
@@ -51,6 +67,9 @@ class Welcome(_Message):
     measures: list[str]
     bundle_digest: str
     prefix: Count
+    head: Head
+    rights: Rights
+    lease: LeaseIs | None
     dtype: DType
     hidden_size: Positive
     vocab_size: Positive
@@ -59,6 +78,8 @@ class Welcome(_Message):
     max_kv_tokens: Positive
     max_step_tokens: Positive
     max_sequences: Positive
+    max_rows: Positive
+    max_logits: Positive
 
 
 class Open(_Message):
@@ -66,7 +87,8 @@ class Open(_Message):
 
     With `by_window` each sequence brings a block table for each of the enclave's `windows`, and a table for a
     sliding window need not keep blocks that have left it; that is how engines with a paged cache do it. Without,
-    one table serves all blocks.
+    one table serves all blocks. `rows`, `logit_rows` and `history` are for a sealed head: states and logits of one
+    request, and earlier tokens of its rows in all.
     """
 
     kind: Literal["open"] = "open"
@@ -75,6 +97,9 @@ class Open(_Message):
     by_window: bool
     step_tokens: Positive
     sequences: Positive
+    rows: Count = 0
+    logit_rows: Count = 0
+    history: Count = 0
 
 
 class Opened(_Message):
@@ -108,6 +133,69 @@ class Stepped(_Message):
     compute_us: Count
 
 
+class Choose(_Message):
+    """Choose the next token of each of `rows` rows, of which states, settings and history lie in shared memory.
+
+    `order` is that of an engine's filters: vLLM applies min_p first, transformers last. With `logits`, what the lease
+    allows of them is written as well.
+    """
+
+    kind: Literal["choose"] = "choose"
+    rows: Positive
+    order: Literal["vllm", "transformers"]
+    logits: bool
+
+
+class Chosen(_Message):
+    """The tokens lie in shared memory, and the logits if they were asked for."""
+
+    kind: Literal["chosen"] = "chosen"
+    rows: Positive
+    compute_us: Count
+
+
+class Score(_Message):
+    """Ask for the logits of `rows` states that lie in shared memory."""
+
+    kind: Literal["score"] = "score"
+    rows: Positive
+
+
+class Scored(_Message):
+    """The logits lie in shared memory; if only some are allowed, log-probabilities with minus infinity elsewhere."""
+
+    kind: Literal["scored"] = "scored"
+    rows: Positive
+
+
+class Backward(_Message):
+    """Ask for the gradients of `rows` states, of which those of their logits lie in shared memory beside the states."""
+
+    kind: Literal["backward"] = "backward"
+    rows: Positive
+
+
+class Gradients(_Message):
+    """The gradients lie in shared memory where the states were."""
+
+    kind: Literal["gradients"] = "gradients"
+    rows: Positive
+
+
+class Reveal(_Message):
+    """Ask what `count` shuffled words are, whose numbers lie in shared memory."""
+
+    kind: Literal["reveal"] = "reveal"
+    count: Positive
+
+
+class Revealed(_Message):
+    """Their true numbers lie there now."""
+
+    kind: Literal["revealed"] = "revealed"
+    count: Positive
+
+
 class Status(_Message):
     """Ask for counters. Needs no session."""
 
@@ -115,7 +203,10 @@ class Status(_Message):
 
 
 class StatusIs(_Message):
-    """Counters since start; `kv_tokens` is the room in KV caches that open sessions have reserved."""
+    """Counters since start; `kv_tokens` is the room in KV caches that open sessions have reserved.
+
+    `used` is what the lease counts, earlier runs included; `left` what remains of it, None without a limit.
+    """
 
     kind: Literal["status_is"] = "status_is"
     sessions: Count
@@ -123,6 +214,8 @@ class StatusIs(_Message):
     steps: Total
     tokens: Total
     refused: Total
+    used: Total
+    left: Total | None
 
 
 FailureCode = Literal[
@@ -135,6 +228,7 @@ FailureCode = Literal[
     "context",
     "block",
     "position",
+    "lease",
     "start",
     "internal",
 ]
@@ -149,7 +243,10 @@ class Failed(_Message):
 
 
 class Provision(_Message):
-    """What an enclave is started with, beside the sealing key. `vendor_key` is a PEM public key."""
+    """What an enclave is started with, beside the sealing key.
+
+    `vendor_key` is a PEM public key; `lease` a JWT; `meter` the file in which its use is counted over restarts.
+    """
 
     kind: Literal["provision"] = "provision"
     bundle: str
@@ -157,6 +254,8 @@ class Provision(_Message):
     dtype: DType | None
     threads: Count
     max_kv_tokens: Positive
+    lease: Annotated[str, Field(max_length=LONGEST_LEASE)] | None = None
+    meter: str | None = None
 
 
 class Ready(_Message):
@@ -165,13 +264,12 @@ class Ready(_Message):
     kind: Literal["ready"] = "ready"
 
 
-Request = Annotated[Hello | Open | Step | Status, Field(discriminator="kind")]
-Reply = Annotated[Welcome | Opened | Stepped | StatusIs | Failed, Field(discriminator="kind")]
-StartReply = Annotated[Ready | Failed, Field(discriminator="kind")]
+AnyRequest = Hello | Open | Step | Choose | Score | Backward | Reveal | Status
+AnyReply = Welcome | Opened | Stepped | Chosen | Scored | Gradients | Revealed | StatusIs | Failed
 
-REQUEST: TypeAdapter[Hello | Open | Step | Status] = TypeAdapter(Request)
-REPLY: TypeAdapter[Welcome | Opened | Stepped | StatusIs | Failed] = TypeAdapter(Reply)
-START_REPLY: TypeAdapter[Ready | Failed] = TypeAdapter(StartReply)
+REQUEST: TypeAdapter[AnyRequest] = TypeAdapter(Annotated[AnyRequest, Field(discriminator="kind")])
+REPLY: TypeAdapter[AnyReply] = TypeAdapter(Annotated[AnyReply, Field(discriminator="kind")])
+START_REPLY: TypeAdapter[Ready | Failed] = TypeAdapter(Annotated[Ready | Failed, Field(discriminator="kind")])
 PROVISION: TypeAdapter[Provision] = TypeAdapter(Provision)
 
 

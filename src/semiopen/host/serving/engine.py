@@ -55,6 +55,11 @@ class Sampling:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
 
+    @property
+    def min_p_last(self) -> bool:
+        """The order of filters is vLLM's; see `model.sampling.Cuts`."""
+        return False
+
 
 @dataclass(frozen=True)
 class TokenLogprob:

@@ -3,7 +3,7 @@
 The order is vLLM's: bias, penalties, temperature, min_p, top_k, top_p. Log probabilities are those of the model, before
 any of it. What a request draws depends on its seed, its logits and nothing else in the batch.
 
-Legend: N rows (requests) of a step, V vocabulary, K candidates.
+Legend: N rows (requests) of a step, V vocabulary.
 """
 
 import math
@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from semiopen.host.serving.engine import RequestRefused, Sampling, TokenLogprob
+from semiopen.model.sampling import draw, penalise
 
-_CANDIDATES = 1024  # likeliest tokens that are looked at before all of a large vocabulary is sorted
 _ROWS = 64  # rows of log probabilities computed at once: 40 MiB at 150,000 tokens
 
 
@@ -72,8 +72,7 @@ class Sampler:
             logits[tokens.to(logits.device)] += values.to(logits.device)
         if self._repetition:
             tokens = torch.tensor(list(self._seen), device=logits.device)
-            found, penalty = logits[tokens], self.sampling.repetition_penalty
-            logits[tokens] = torch.where(found > 0, found / penalty, found * penalty)
+            penalise(logits, tokens, self.sampling.repetition_penalty)
         if self._penalised and self._counts:
             tokens, counts = (values.to(logits.device) for values in _pairs(self._counts))
             logits[tokens] -= self.sampling.presence_penalty + self.sampling.frequency_penalty * counts
@@ -100,18 +99,8 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
                 sampler.edit(row)
     if all(sampler.greedy for sampler in samplers):
         return logits.argmax(dim=-1).tolist()
-    tokens = logits.argmax(dim=-1)
-    whole = [i for i, sampler in enumerate(samplers) if not sampler.greedy and not _is_cut(sampler.sampling)]
-    cut = [i for i, sampler in enumerate(samplers) if not sampler.greedy and _is_cut(sampler.sampling)]
-    for rows, draw in ((whole, _draw_from_all), (cut, _draw_from_likeliest)):
-        if rows:
-            chosen = [samplers[row] for row in rows]
-            temperatures = _column([sampler.sampling.temperature for sampler in chosen], logits.device)
-            scaled = logits[rows]
-            scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / temperatures.float()  # at most 0: nothing overflows
-            numbers = torch.tensor([sampler.draw() for sampler in chosen], dtype=torch.float64, device=logits.device)
-            tokens[rows] = draw(scaled.softmax(dim=-1), [sampler.sampling for sampler in chosen], numbers)
-    return tokens.tolist()
+    numbers = [0.0 if sampler.greedy else sampler.draw() for sampler in samplers]
+    return draw(logits, [sampler.sampling for sampler in samplers], numbers).tolist()
 
 
 def logprobs_of(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprob]:
@@ -133,66 +122,5 @@ def logprobs_of(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[in
     return result
 
 
-def _is_cut(sampling: Sampling) -> bool:
-    return sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
-
-
-def _draw_from_all(probabilities: torch.Tensor, settings: Sequence[Sampling], numbers: torch.Tensor) -> torch.Tensor:
-    return _pick(probabilities, numbers)
-
-
-def _draw_from_likeliest(
-    probabilities: torch.Tensor, settings: Sequence[Sampling], numbers: torch.Tensor
-) -> torch.Tensor:
-    """Draw tokens [N] from what min_p, top_k and top_p leave of the probabilities [N, V]."""
-    min_p = _column([sampling.min_p for sampling in settings], probabilities.device)
-    top_k = torch.tensor([sampling.top_k for sampling in settings], device=probabilities.device)[:, None]
-    top_p = _column([sampling.top_p for sampling in settings], probabilities.device)
-    vocab = probabilities.shape[1]
-    kept, ids = probabilities.topk(min(vocab, _CANDIDATES), dim=-1)
-    if kept.shape[1] < vocab:
-        # Where the candidates do not hold all that is left, sort the whole row. Each row is decided by itself.
-        enough = ((top_k > 0) & (top_k <= kept.shape[1])) | (kept[:, -1:] < min_p * kept[:, :1])
-        enough |= (top_k <= 0) & (min_p == 0) & (kept.double().sum(dim=-1, keepdim=True) >= top_p)
-        if not bool(enough.all()):
-            short = (~enough[:, 0]).nonzero()[:, 0]
-            tokens = torch.empty(len(ids), dtype=ids.dtype, device=ids.device)
-            sorted_part, sorted_ids = probabilities[short].sort(dim=-1, descending=True, stable=True)
-            picked = _pick(_cut(sorted_part, min_p[short], top_k[short], top_p[short]), numbers[short])
-            tokens[short] = sorted_ids.gather(1, picked[:, None])[:, 0]
-            rest = enough[:, 0].nonzero()[:, 0]
-            picked = _pick(_cut(kept[rest], min_p[rest], top_k[rest], top_p[rest]), numbers[rest])
-            tokens[rest] = ids[rest].gather(1, picked[:, None])[:, 0]
-            return tokens
-    picked = _pick(_cut(kept, min_p, top_k, top_p), numbers)
-    return ids.gather(1, picked[:, None])[:, 0]
-
-
-def _cut(kept: torch.Tensor, min_p: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Set to zero what is not to be drawn of probabilities [N, K] in falling order; settings are [N, 1].
-
-    top_p counts what min_p and top_k have left. The likeliest token always stays.
-    """
-    place = torch.arange(kept.shape[1], device=kept.device)
-    kept = kept.double()
-    kept = kept * ((kept >= min_p * kept[:, :1]) & ((top_k <= 0) | (place < top_k)))
-    restricted = (min_p > 0) | (top_k > 0)
-    total = torch.where(restricted, kept.sum(dim=-1, keepdim=True), torch.ones_like(min_p))
-    before = kept.cumsum(dim=-1) - kept
-    return kept * ((before < top_p * total) | (place == 0))
-
-
-def _pick(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Indices [N], drawn from weights [N, K] by numbers [N] in [0, 1)."""
-    sums = weights.cumsum(dim=-1, dtype=torch.float64)
-    total = sums[:, -1]
-    below = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))  # never a weight of zero
-    return torch.searchsorted(sums, below[:, None], right=True)[:, 0].clamp(max=weights.shape[1] - 1)
-
-
 def _pairs(values: Mapping[int, float]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(list(values)), torch.tensor(list(values.values()), dtype=torch.float32)
-
-
-def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]

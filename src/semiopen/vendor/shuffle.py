@@ -1,0 +1,18 @@
+"""The shuffled head: the words of the output projection in an order that only the enclave knows (DistilLock's way)."""
+
+import secrets
+
+import torch
+
+
+def draw_order(vocab_size: int) -> torch.Tensor:
+    """A secret order [V] int64 of the vocabulary, fresh for each bundle: the true number of each shuffled word."""
+    generator = secrets.SystemRandom()
+    order = list(range(vocab_size))
+    generator.shuffle(order)
+    return torch.tensor(order)
+
+
+def shuffle_words(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Weight [V, H] or bias [V] of a projection with its words in that order."""
+    return tensor[order]
