@@ -10,6 +10,9 @@ Report = Callable[[int, int], None]  # optimiser steps done, in all
 _WARM_UP = 0.05  # share of the steps
 _LOOKS = 8  # at the validation loss, during a run
 _TRIAL = 0.1  # share of the steps that a learning rate is tried for
+# Rates that are run in full. The best of short trials alone is often too low a rate, which looks good while a higher
+# one has not settled yet: with it, more queries recovered less.
+_FINALISTS = 2
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Settings:
     Attributes:
         steps: optimiser steps of the run proper.
         batch: queries per step.
-        rates: learning rates that are tried; one rate for all sealed sets makes some look strong that are not.
+        rates: learning rates that are tried, the best two of them in full; one rate for all sealed sets makes some look strong that are not.
         validation: share of the queries that is kept to choose by. They count as queries like the others.
         weight_decay: of AdamW.
     """
@@ -65,8 +68,9 @@ def fit(
     kept = min(count - 1, max(1, round(count * settings.validation)))
     validation, training = order[:kept], order[kept:]
     start = [parameter.detach().clone() for parameter in parameters]
-    trial = max(20, round(settings.steps * _TRIAL)) if len(settings.rates) > 1 else 0
-    total = trial * len(settings.rates) + settings.steps if trial else settings.steps
+    rates = settings.rates
+    trial = max(20, round(settings.steps * _TRIAL)) if len(rates) > _FINALISTS else 0
+    total = trial * len(rates) + settings.steps * min(len(rates), _FINALISTS)
     done = 0
 
     def look() -> float:
@@ -106,8 +110,13 @@ def fit(
         return best_loss
 
     first = look()
-    rate = min(settings.rates, key=lambda tried: run(tried, trial)) if trial else next(iter(settings.rates))
-    loss = run(rate, settings.steps)
+    finalists = sorted(rates, key=lambda rate: run(rate, trial))[:_FINALISTS] if trial else rates
+    found = []
+    for rate in finalists:
+        loss = run(rate, settings.steps)
+        found.append((loss, rate, [parameter.detach().clone() for parameter in parameters]))
+    loss, rate, weights = min(found, key=lambda one: one[0])
+    _copy(parameters, weights)
     return Fit(rate=rate, steps=done, loss=loss)
 
 
