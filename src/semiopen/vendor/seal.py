@@ -14,8 +14,15 @@ from semiopen.bundle.manifest import Manifest
 from semiopen.bundle.writer import BundleWriter
 from semiopen.errors import SemiopenError, UnsupportedModelError
 from semiopen.model.checkpoint import weight_files
-from semiopen.model.plan import Plan, plan_for
+from semiopen.model.plan import PRESETS, Plan, plan_for
+from semiopen.model.plan import Fold as FoldKind
+from semiopen.model.plan import Head as HeadKind
+from semiopen.model.sealed_tensors import SHUFFLE_NAME
 from semiopen.model.split import Part, Split, check_supported, split_config
+from semiopen.model.symmetries import TIED_HEAD_NAME, Fold
+from semiopen.vendor.fold import check_customer, fold_checkpoint, fold_secret
+from semiopen.vendor.shuffle import draw_order, shuffle_words
+from semiopen.vendor.sketch import REGISTRY_NAME, BundleRecord, Sketch, make_registry, register
 from semiopen.version import VERSION
 
 # Beside weights and config: what a hub folder holds that its users need. Everything else stays at the vendor.
@@ -44,10 +51,18 @@ def seal(
     progress: Progress | None = None,
     plan: str | Path | None = None,
     texts: str | Path | None = None,
+    head: HeadKind | None = None,
+    fold: FoldKind | None = None,
+    customer: str | None = None,
+    require_lease: bool = False,
 ) -> Manifest:
     """Seal a decoder model into a bundle.
 
-    Peak memory is about one shard of the checkpoint plus the sealed part. Tensors keep their dtype, bit for bit.
+    Peak memory is about one shard of the checkpoint plus the sealed part. Tensors keep their dtype, and, but for a
+    keyed fold, every bit.
+
+    A keyed bundle is recorded in the key folder under its customer, for `semiopen trace`. Neither the name nor the
+    secret is in the bundle.
 
     Args:
         model: a folder with config.json and safetensors, or a hub id.
@@ -58,6 +73,10 @@ def seal(
         progress: called as work goes on.
         plan: plan.json that `semiopen plan` wrote for a model of this shape, instead of `prefix` and `preset`.
         texts: file of texts that "solid" measures on; without, the model samples its own.
+        head: "open", "shuffled" or "sealed", instead of the plan's.
+        fold: "none" or "keyed", instead of the plan's.
+        customer: for whom a keyed bundle is; their basis is drawn from this name and the sealing key.
+        require_lease: no enclave shall open the bundle without a lease. Always so where the head is not open.
 
     Returns:
         The manifest that was written.
@@ -65,44 +84,82 @@ def seal(
     Raises:
         UnsupportedModelError: the model cannot be split exactly.
         SemiopenError: the model folder or the keys are not usable.
-        ValueError: prefix or preset out of range, or more than one of prefix, preset and plan.
+        ValueError: prefix or preset out of range, or more than one of prefix, preset and plan; a customer's name that
+            cannot be used, or one without a keyed fold, or the other way round.
     """
+    if fold is not None or preset in PRESETS:  # before anything is measured
+        _check_customer(fold or PRESETS[preset or "bottom"].fold, customer)
     folder = find_model(model)
     config = read_config(folder)
-    chosen = _choose_plan(folder, config, prefix, preset, plan, texts, progress)
-    split = split_config(config, chosen.prefix)
+    chosen = _choose_plan(folder, config, prefix, preset, plan, texts, head, fold, progress)
+    _check_customer(chosen.fold, customer)
+    split = split_config(config, chosen.prefix, chosen.head)
     shards = weight_files(folder)
     report = progress or (lambda what, done, total: None)
     total = sum(shard.stat().st_size for shard in shards)
+    secret = fold_secret(Path(keys), customer) if customer is not None else None
+    folded = fold_checkpoint(config, shards, secret) if secret is not None else None
+    sketch = Sketch(config, secret) if secret is not None else None
+    if sketch is not None:
+        make_registry(Path(keys) / REGISTRY_NAME)  # before the work, in case it cannot be
     writer = BundleWriter(Path(out), sealing_key=load_sealing_key(Path(keys)), signing_key=load_signing_key(Path(keys)))
     with writer:
         writer.add_file("config.json", bundle_config(split))
         for path in _companions(folder):
             writer.add_file(path.name, path.read_bytes())
         sealed: dict[str, torch.Tensor] = {}
+        order = draw_order(config.vocab_size) if chosen.head == "shuffled" else None
+        if order is not None:
+            sealed[SHUFFLE_NAME] = order.to(torch.int32)
         done = 0
         for shard in shards:
             opened = {}
-            for name, tensor in _tensors(shard):
-                placement = split.place(name)
-                if placement.part in (Part.SEALED, Part.TIED):
+            for name, open_name, tensor in _stored(split, folded, shard):
+                if sketch is not None:
+                    sketch.add(name, tensor)
+                if open_name is None:
                     sealed[name] = tensor
-                if placement.open_name is not None:
-                    opened[placement.open_name] = tensor
+                else:
+                    opened[open_name] = tensor if order is None else _shuffled(split, open_name, tensor, order)
             if opened:
                 writer.add_open_shard(opened)
             done += shard.stat().st_size
             report("sealing", done, total)
         _check_complete(split, sealed)
         writer.add_sealed(sealed)
-        return writer.finish(
+        manifest = writer.finish(
             plan=chosen,
             architecture=split.architecture,
             num_layers=split.num_layers,
-            open_embedding=split.tied,
+            open_embedding=split.tied and chosen.head != "sealed",
             created_by=f"semiopen {VERSION}",
+            lease_required=chosen.head != "open" or require_lease,
             progress=lambda done, total: report("signing", done, total),
         )
+    if sketch is not None and customer is not None:
+        record = BundleRecord(
+            bundle_id=manifest.bundle_id,
+            architecture=split.architecture,
+            layers=split.family.layers,
+            num_layers=split.num_layers,
+            hidden_size=config.hidden_size,
+            prefix=split.prefix,
+        )
+        register(Path(keys) / REGISTRY_NAME, customer, record, sketch)
+    return manifest
+
+
+def _shuffled(split: Split, name: str, tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return shuffle_words(tensor, order) if name.split(".")[0] in split.family.heads else tensor
+
+
+def _check_customer(fold: FoldKind, customer: str | None) -> None:
+    if fold == "keyed" and customer is None:
+        raise ValueError("A keyed fold is one customer's own; give --customer NAME.")
+    if fold != "keyed" and customer is not None:
+        raise ValueError("A customer is named for a keyed fold alone; add --fold keyed, or leave --customer out.")
+    if customer is not None:
+        check_customer(customer)
 
 
 def _choose_plan(
@@ -112,11 +169,13 @@ def _choose_plan(
     preset: str | None,
     plan: str | Path | None,
     texts: str | Path | None,
+    head: HeadKind | None,
+    fold: FoldKind | None,
     progress: Progress | None,
 ) -> Plan:
     # Imported on use: the planner reads models with what is in this file, and needs the attacks.
-    if texts is not None and preset != "solid":
-        raise ValueError("Texts are for the preset solid alone; leave --texts out, or give --preset solid.")
+    if texts is not None and (preset is None or PRESETS[preset].prefix is not None):
+        raise ValueError("Texts are for presets that measure; leave --texts out, or give --preset solid.")
     if plan is not None:
         if prefix is not None or preset is not None:
             raise ValueError("Give --plan, --prefix or --preset, only one of them.")
@@ -124,14 +183,15 @@ def _choose_plan(
 
         document = read_plan(Path(plan))
         check_plan_fits(document, folder, config)
-        return document.plan
+        given = {name: value for name, value in (("head", head), ("fold", fold)) if value is not None}
+        return Plan(**{**document.plan.model_dump(), **given})
 
     def measure() -> int:
         from semiopen.vendor.planner import make_plan
 
         return make_plan(folder, texts=texts, progress=progress).plan.prefix
 
-    return plan_for(config.num_hidden_layers, prefix, preset, measure)
+    return plan_for(config.num_hidden_layers, prefix, preset, measure, head, fold)
 
 
 def find_model(model: str | Path) -> Path:
@@ -171,6 +231,28 @@ def read_config(folder: Path) -> PreTrainedConfig:
         ) from None
     check_supported(config)
     return config
+
+
+def _stored(split: Split, fold: Fold | None, shard: Path) -> Iterator[tuple[str, str | None, torch.Tensor]]:
+    """What a shard's tensors become.
+
+    Yields:
+        Name in the whole model, name in the open checkpoint or None where it is sealed, and the tensor to store.
+    """
+    for name, tensor in _tensors(shard):
+        placement = split.place(name)
+        if placement.part is Part.DROPPED:
+            continue
+        whole, own = (fold.rename(name), fold.apply(name, tensor)) if fold else (name, tensor)
+        if placement.part is Part.OPEN:
+            yield whole, split.place(whole).open_name, own
+            continue
+        yield whole, None, own
+        if fold and split.tied and name.removeprefix(f"{split.base}.") == f"{split.family.embedding}.weight":
+            # Folded, a tied head is another matrix than the embedding, so it is stored wherever the head goes.
+            yield TIED_HEAD_NAME, placement.open_name, fold.apply(TIED_HEAD_NAME, tensor)
+        elif placement.open_name is not None:
+            yield TIED_HEAD_NAME, placement.open_name, own
 
 
 def _tensors(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
