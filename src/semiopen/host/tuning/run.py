@@ -6,7 +6,6 @@ Everything happens on this machine. The enclave is asked once per example and cl
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,7 +14,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from semiopen.bundle.files import check_is_bundle, read_file
@@ -26,13 +24,14 @@ from semiopen.host.tuning.adapter_files import split_of
 from semiopen.host.tuning.adapters import save_adapter
 from semiopen.host.tuning.batches import StatesDataset
 from semiopen.host.tuning.data import Examples, encode, read_rows
-from semiopen.host.tuning.prefix_states import PrefixStates, compute_states, write_private
+from semiopen.host.tuning.prefix_states import PrefixStates, compute_states
 from semiopen.host.tuning.settings import StatesPlace, TuneSettings
 from semiopen.host.tuning.train import add_lora, mean_loss, train
+from semiopen.host.tuning.work import CHECKPOINTS_FOLDER, WorkFolder
 from semiopen.version import VERSION
 
 LONGEST = 1024  # tokens of an example, unless the person says otherwise
-RUN_NAME, STATES_FOLDER, CHECKPOINTS_FOLDER = "run.json", "states", "checkpoints"
+STATES_FOLDER = "states"
 
 Progress = Callable[[str, int, int], object]
 Say = Callable[[str], object]
@@ -81,6 +80,7 @@ def tune(
     dtype: str | None = None,
     vendor_key: str | Path | None = None,
     threads: int = 0,
+    lease: str | Path | None = None,
     work: str | Path | None = None,
     states: StatesPlace = "disk",
     keep_states: bool = False,
@@ -91,7 +91,7 @@ def tune(
     """Tune the open blocks of a bundle with LoRA.
 
     Args:
-        bundle, keys, enclave, vendor_key, threads: as for `semiopen.load`.
+        bundle, keys, enclave, vendor_key, threads, lease: as for `semiopen.load`.
         data: JSON Lines or text; see `data.read_rows`.
         out: the adapter's folder, PEFT's format; must not exist.
         settings: of training; the defaults when None.
@@ -109,13 +109,13 @@ def tune(
     """
     bundle, out = Path(bundle), Path(out)
     settings = settings or TuneSettings()
-    place = _Work(Path(work) if work else out.with_name(out.name + ".work"))
+    place = WorkFolder(Path(work) if work else out.with_name(out.name + ".work"))
     if out.exists():
         raise SemiopenError(f"{out} exists already; give another --out, or remove it.")
     check_is_bundle(bundle)
     place.check(resume)
     rows = read_rows(Path(data))
-    model = load(bundle, keys, enclave, _training_dtype(bundle, dtype), vendor_key, threads=threads)
+    model = load(bundle, keys, enclave, training_dtype(bundle, dtype), vendor_key, threads=threads, lease=lease)
     try:
         # Only now are the bundle's files known to be the vendor's.
         say(session_of(model).client.welcome.enclave)
@@ -126,7 +126,7 @@ def tune(
             raise SemiopenError(f"--max-length {max_length} is more than the context of {context}; give less.")
         examples = encode(rows, tokenizer, max_length, settings.loss)
         learned, held_back = split_examples(len(examples), settings.eval_share, settings.seed)
-        _say_data(say, examples, len(learned), len(held_back), max_length)
+        say_data(say, examples, len(learned), len(held_back), max_length)
         place.begin(_identity(model, examples, settings))
         try:
             return _run(
@@ -163,7 +163,7 @@ def _run(
     held_back: np.ndarray,
     settings: TuneSettings,
     out: Path,
-    place: "_Work",
+    place: WorkFolder,
     kept: StatesPlace,
     keep_states: bool,
     progress: Progress,
@@ -204,7 +204,7 @@ def _run(
     )
     training_seconds = time.perf_counter() - began
     after = mean_loss(peft, eval_data, settings.batch_size)
-    _check_finite(peft, after)
+    check_finite(peft, after)
     result = TuneResult(
         examples=len(learned),
         held_back=len(held_back),
@@ -245,58 +245,7 @@ def states_of(
     return compute_states(session, examples, folder, _sha256(facts), progress)
 
 
-class _Work:
-    """The folder of an unfinished run: its settings, states and checkpoints. For this user alone."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.facts: dict[str, Any] = {}
-
-    def check(self, resume: bool) -> None:
-        """Refuse to mix two runs; what can be said before anything is loaded."""
-        if (self.folder / RUN_NAME).exists() and not resume:
-            raise SemiopenError(
-                f"An interrupted run is kept in {self.folder}; give --resume to go on with it, or remove that folder."
-            )
-
-    def begin(self, identity: dict[str, Any]) -> None:
-        """Note what this run is, or check that the interrupted one is the same."""
-        path = self.folder / RUN_NAME
-        if path.exists():
-            self.facts = json.loads(path.read_text())
-            there = self.facts["identity"]
-            changed = [name for name in identity if json.loads(json.dumps(identity[name])) != there.get(name)]
-            if changed:
-                raise SemiopenError(
-                    f"The run in {self.folder} had other values of: {', '.join(changed)}. Give the same again, or "
-                    "remove that folder to begin anew."
-                )
-            return
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.rmtree(self.folder / CHECKPOINTS_FOLDER, ignore_errors=True)
-        self.facts = {"identity": identity}
-        self._write()
-
-    def remembered(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A value that is computed once, and known again after a kill."""
-        if name not in self.facts:
-            self.facts[name] = compute()
-            self._write()
-        return self.facts[name]
-
-    def end(self, keep_states: bool) -> None:
-        """Remove the folder, or all but the states."""
-        if keep_states:
-            (self.folder / RUN_NAME).unlink()
-            shutil.rmtree(self.folder / CHECKPOINTS_FOLDER, ignore_errors=True)
-        else:
-            shutil.rmtree(self.folder)
-
-    def _write(self) -> None:
-        write_private(self.folder / RUN_NAME, json.dumps(self.facts))
-
-
-def session_digest(place: _Work) -> str:
+def session_digest(place: WorkFolder) -> str:
     """Digest of the bundle that a run is for."""
     return place.facts["identity"]["bundle"]
 
@@ -307,7 +256,12 @@ def _identity(model: PreTrainedModel, examples: Examples, settings: TuneSettings
     return {"bundle": welcome.bundle_digest, "dtype": welcome.dtype, "data": examples.digest(), **asdict(settings)}
 
 
-def _training_dtype(bundle: Path, dtype: str | None) -> str | None:
+def training_dtype(bundle: Path, dtype: str | None) -> str | None:
+    """The dtype to train in; None for the bundle's own.
+
+    Raises:
+        SemiopenError: float16.
+    """
     if dtype == "float16":
         raise SemiopenError("Gradients leave the range of float16; give --dtype float32 or bfloat16.")
     if dtype is None:
@@ -317,7 +271,8 @@ def _training_dtype(bundle: Path, dtype: str | None) -> str | None:
     return dtype
 
 
-def _say_data(say: Say, examples: Examples, learned: int, held_back: int, max_length: int) -> None:
+def say_data(say: Say, examples: Examples, learned: int, held_back: int, max_length: int) -> None:
+    """Tell how many examples there are, and what happened to the others."""
     counts = f"{learned:,} examples to learn, {held_back:,} held back for evaluation; {examples.tokens:,} tokens."
     if examples.truncated:
         counts += f" {examples.truncated:,} were longer than {max_length:,} tokens and lost their end (--max-length)."
@@ -326,7 +281,12 @@ def _say_data(say: Say, examples: Examples, learned: int, held_back: int, max_le
     say(counts)
 
 
-def _check_finite(model: PeftModel, loss: float | None) -> None:
+def check_finite(model: torch.nn.Module, loss: float | None) -> None:
+    """Refuse a result that is not numbers.
+
+    Raises:
+        SemiopenError: it is not.
+    """
     if (loss is not None and not math.isfinite(loss)) or not all(
         bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad
     ):

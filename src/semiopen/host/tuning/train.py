@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from semiopen.errors import SemiopenError
 from semiopen.host.tuning.batches import IGNORED, LengthGroups, StatesDataset, collate
-from semiopen.host.tuning.settings import TuneSettings
+from semiopen.host.tuning.settings import TrainSettings, TuneSettings
 from semiopen.model.families import FAMILIES
 
 _EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
@@ -97,7 +97,9 @@ def train(
         args=training_arguments(settings, folder, model.dtype),
         train_dataset=data,
         data_collator=cast(Any, collate),
-        callbacks=[_Callback(model, held_back, settings.batch_size, on_step, on_epoch)],
+        callbacks=[
+            ProgressCallback(on_step, lambda epoch: on_epoch(epoch, mean_loss(model, held_back, settings.batch_size)))
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     last = last_checkpoint(folder)
@@ -105,7 +107,7 @@ def train(
     return trainer.state.global_step
 
 
-def training_arguments(settings: TuneSettings, folder: Path, dtype: torch.dtype) -> TrainingArguments:
+def training_arguments(settings: TrainSettings, folder: Path, dtype: torch.dtype) -> TrainingArguments:
     """The settings of a run as transformers' Trainer takes them; checkpoints go to `folder`."""
     return TrainingArguments(
         output_dir=str(folder),
@@ -170,18 +172,13 @@ class TuneTrainer(Trainer):
         return 0
 
 
-class _Callback(TrainerCallback):
-    """Says how far it is, evaluates after each epoch, and marks checkpoints that are whole."""
+class ProgressCallback(TrainerCallback):
+    """Says how far it is, and marks checkpoints that are whole.
 
-    def __init__(
-        self,
-        model: PeftModel,
-        held_back: StatesDataset,
-        batch_size: int,
-        on_step: Callable[[int, int], object],
-        on_epoch: EpochDone,
-    ) -> None:
-        self._model, self._held_back, self._batch_size = model, held_back, batch_size
+    `on_step` is told the optimiser steps done, and of all; `on_epoch` the epoch that ends.
+    """
+
+    def __init__(self, on_step: Callable[[int, int], object], on_epoch: Callable[[float], object]) -> None:
         self._on_step, self._on_epoch = on_step, on_epoch
 
     def on_train_begin(
@@ -196,7 +193,7 @@ class _Callback(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Evaluate."""
-        self._on_epoch(state.epoch or 0.0, mean_loss(self._model, self._held_back, self._batch_size))
+        self._on_epoch(state.epoch or 0.0)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Mark the checkpoint; a killed process may leave one without a mark."""
