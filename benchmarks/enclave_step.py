@@ -194,7 +194,7 @@ class LocalEnclave:
             if not name.startswith((*names, "lm_head", "model.norm"))
         }
         self.prefix = Prefix(config, tensors, model.dtype)
-        self.limits = limits_for(self.prefix, 1 << 24)
+        self.limits = limits_for(self.prefix, 1 << 24, "open")
         tokens = max(max(case.tokens, case.history) for case in cases)
         batch = max(case.batch for case in cases)
         self.blocks = max(case.batch * case.blocks() for case in cases)

@@ -60,7 +60,9 @@ CONTEXT = 2048
 class Worker:
     """One engine in its process; see `serving_worker`."""
 
-    def __init__(self, engine: str, model: Path, keys: Path | None, options: argparse.Namespace) -> None:
+    def __init__(
+        self, engine: str, model: Path, keys: Path | None, options: argparse.Namespace, lease: Path | None = None
+    ) -> None:
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -85,6 +87,7 @@ class Worker:
             engine=engine,
             model=str(model),
             keys=str(keys) if keys else None,
+            lease=str(lease) if lease else None,
             dtype=options.dtype,
             threads=options.threads,
             compile=options.compile,
@@ -95,9 +98,9 @@ class Worker:
         """Wait until the engine is loaded."""
         self._answer()
 
-    def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    def run(self, prompts: list[list[int]], new_tokens: int, drawn: bool = False) -> dict[str, Any]:
         """Serve one batch; see `serving_worker` for what comes back."""
-        self._say(prompts=prompts, new_tokens=new_tokens)
+        self._say(prompts=prompts, new_tokens=new_tokens, drawn=drawn)
         return self._answer()
 
     def close(self) -> None:

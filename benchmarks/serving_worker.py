@@ -1,7 +1,8 @@
 """One engine in a process of its own, for `serve.py`: reads a request per line, answers with a line of JSON.
 
-    {"engine": "vllm" | "transformers", "model": FOLDER, "keys": FOLDER or null, ...}     first line: what to load
-    {"prompts": [[...]], "new_tokens": N}                                                 then: requests to time
+    {"engine": "vllm" | "transformers", "model": FOLDER, "keys": FOLDER or null, "lease": FILE or null, ...}
+                                                                                          first line: what to load
+    {"prompts": [[...]], "new_tokens": N, "drawn": BOOL}                                  then: requests to time
 
 Times are seconds since the batch was handed over: `first` and `last` token of each request, and `total`.
 """
@@ -14,7 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-Run = Callable[[list[list[int]], int], dict[str, Any]]
+Run = Callable[[list[list[int]], int, bool], dict[str, Any]]
+DRAWN, GREEDY = {"temperature": 1.0, "top_p": 0.9}, {"temperature": 0.0}
 
 
 class StepClock:
@@ -22,10 +24,20 @@ class StepClock:
 
     def __init__(self) -> None:
         from semiopen.host.client import EnclaveClient
-        from semiopen.protocol.messages import Stepped
+        from semiopen.protocol.messages import Chosen, Revealed, Stepped
 
         self.reset()
         step, exchange = EnclaveClient.step, EnclaveClient._exchange
+        choose, reveal = EnclaveClient.choose, EnclaveClient.reveal
+
+        def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+            def head(*args: Any) -> Any:
+                started = time.perf_counter()
+                result = call(*args)
+                self.head += time.perf_counter() - started
+                return result
+
+            return head
 
         def timed_step(client: Any, *args: Any) -> Any:
             started = time.perf_counter()
@@ -40,25 +52,31 @@ class StepClock:
             if isinstance(reply, Stepped):
                 self.exchange += time.perf_counter() - started
                 self.compute += reply.compute_us / 1e6
+            elif isinstance(reply, Chosen | Revealed):
+                self.head_exchange += time.perf_counter() - started
+                self.head_compute += reply.compute_us / 1e6 if isinstance(reply, Chosen) else 0
             return reply
 
+        EnclaveClient.choose, EnclaveClient.reveal = timed(choose), timed(reveal)  # type: ignore[method-assign]
         EnclaveClient.step, EnclaveClient._exchange = timed_step, timed_exchange  # type: ignore[method-assign]
 
     def reset(self) -> None:
         """Start anew."""
         self.steps = 0
         self.step = self.exchange = self.compute = 0.0
+        self.head = self.head_exchange = self.head_compute = 0.0
 
     def as_dict(self) -> dict[str, float]:
         """Seconds since the last reset, and the number of steps."""
-        return {"steps": self.steps, "step": self.step, "exchange": self.exchange, "compute": self.compute}
+        names = ("steps", "step", "exchange", "compute", "head", "head_exchange", "head_compute")
+        return {name: getattr(self, name) for name in names}
 
 
 def load_vllm(spec: dict[str, Any]) -> Run:
     """vLLM in this process, as it comes."""
     from vllm import LLM, SamplingParams
 
-    extra = {"keys": spec["keys"], "threads": spec["threads"]} if spec["keys"] else {}
+    extra = {"keys": spec["keys"], "threads": spec["threads"], "lease": spec["lease"]} if spec["keys"] else {}
     llm = LLM(
         spec["model"],
         dtype=spec["dtype"],
@@ -71,8 +89,9 @@ def load_vllm(spec: dict[str, Any]) -> Run:
         model_loader_extra_config=extra,
     )
 
-    def run(prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    def run(prompts: list[list[int]], new_tokens: int, drawn: bool) -> dict[str, Any]:
+        how: dict[str, Any] = DRAWN if drawn else GREEDY
+        sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True, detokenize=False, **how)
         started = time.perf_counter()
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
         total = time.perf_counter() - started
@@ -96,7 +115,7 @@ def load_transformers(spec: dict[str, Any]) -> Run:
 
     common = {"dtype": spec["dtype"], "threads": spec["threads"]}
     if spec["keys"]:
-        engine = TransformersEngine.open(spec["model"], keys=spec["keys"], **common)
+        engine = TransformersEngine.open(spec["model"], keys=spec["keys"], lease=spec["lease"], **common)
     else:
         engine = TransformersEngine.open_plain(spec["model"], **common)
     loop = asyncio.new_event_loop()
@@ -111,16 +130,17 @@ def load_transformers(spec: dict[str, Any]) -> Run:
             tokens += piece.token_ids
         return first, time.perf_counter() - started, tokens
 
-    async def batch(prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        sampling = Sampling(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+    async def batch(prompts: list[list[int]], new_tokens: int, drawn: bool) -> dict[str, Any]:
+        how: dict[str, Any] = DRAWN if drawn else GREEDY
+        sampling = Sampling(max_tokens=new_tokens, ignore_eos=True, **how)
         started = time.perf_counter()
         done = await asyncio.gather(*(one(prompt, sampling, started) for prompt in prompts))
         total = time.perf_counter() - started
         first, last, tokens = (list(column) for column in zip(*done, strict=True))
         return {"total": total, "first": first, "last": last, "tokens": tokens}
 
-    def run(prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        return loop.run_until_complete(batch(prompts, new_tokens))
+    def run(prompts: list[list[int]], new_tokens: int, drawn: bool) -> dict[str, Any]:
+        return loop.run_until_complete(batch(prompts, new_tokens, drawn))
 
     return run
 
@@ -137,7 +157,7 @@ def main() -> None:
         request = json.loads(line)
         if clock:
             clock.reset()
-        result = run(request["prompts"], request["new_tokens"])
+        result = run(request["prompts"], request["new_tokens"], request["drawn"])
         result["enclave"] = clock.as_dict() if clock else None
         print(json.dumps(result), file=answers, flush=True)
 

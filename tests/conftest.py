@@ -4,7 +4,6 @@
 a process. Tests of the process itself start one with `semiopen.host.enclave_process`.
 """
 
-import json
 import os
 import socket
 import threading
@@ -14,15 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import semiopen
 from semiopen.bundle.keys import load_sealing_key, load_vendor_key
-from semiopen.bundle.reader import bundle_key_of, load_sealed, read_files
-from semiopen.enclave.prefix import Prefix
-from semiopen.enclave.server import Server, limits_for, welcome_for
-from semiopen.model.split import config_from_dict
+from semiopen.enclave.__main__ import _build
+from semiopen.enclave.secret_memory import SecretBytes
+from semiopen.enclave.server import Server
+from semiopen.protocol.messages import Provision
 from semiopen.vendor.keys import generate_keys
 from tests.models import save_random_model
 
@@ -55,21 +55,25 @@ class EnclaveThreads:
         self._ends: list[tuple[int, threading.Thread, socket.socket]] = []
 
     def start(
-        self, bundle: Path, keys: Path, dtype: torch.dtype = torch.float32, max_kv_tokens: int = 65536
+        self,
+        bundle: Path,
+        keys: Path,
+        dtype: torch.dtype = torch.float32,
+        max_kv_tokens: int = 65536,
+        lease: str | None = None,
+        meter: Path | None = None,
     ) -> InProcessEnclave:
-        verified = read_files(bundle, load_vendor_key(keys), only=())
-        config = config_from_dict(json.loads(verified.read("config.json"))["prefix_config"])
-        key = bundle_key_of(verified, load_sealing_key(keys), load_vendor_key(keys))
-        prefix = Prefix(config, load_sealed(verified, key), dtype)
-        limits = limits_for(prefix, max_kv_tokens)
-        welcome = welcome_for(
-            prefix,
-            limits,
-            "in-process test enclave: not a TEE",
-            verified.digest,
-            verified.manifest.plan.prefix,
+        provision = Provision(
+            bundle=str(bundle),
+            vendor_key=load_vendor_key(keys).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode(),
+            dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type] - checked there
+            threads=0,
+            max_kv_tokens=max_kv_tokens,
+            lease=lease,
+            meter=None if meter is None else str(meter),
         )
-        server = Server(prefix, limits, welcome)
+        server, _ = _build(provision, SecretBytes.copy_of(load_sealing_key(keys)))
+        server.welcome = server.welcome.model_copy(update={"enclave": "in-process test enclave: not a TEE"})
         path = self._folder / f"{len(self._ends)}.sock"
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))

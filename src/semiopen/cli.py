@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +33,8 @@ from semiopen.errors import SemiopenError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from semiopen.bundle.lease import Rights
+    from semiopen.host.client import EnclaveClient
     from semiopen.protocol.messages import Welcome
     from semiopen.vendor.plan_file import PlanDocument
     from semiopen.vendor.recovery import Price
@@ -42,11 +45,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Ship a proprietary LLM to a customer's machine: a few layers sealed, the rest at full speed.\n\n"
-    "At the vendor:    [bold]keygen[/bold], [bold]plan[/bold], [bold]seal[/bold]\n\n"
+    "At the vendor:    [bold]keygen[/bold], [bold]plan[/bold], [bold]seal[/bold], [bold]lease[/bold], "
+    "[bold]trace[/bold]\n\n"
     "At the customer:  [bold]verify[/bold], [bold]inspect[/bold], [bold]chat[/bold], [bold]generate[/bold], "
-    "[bold]enclave[/bold], [bold]serve[/bold], [bold]tune[/bold]\n\n"
+    "[bold]enclave[/bold], [bold]serve[/bold], [bold]tune[/bold], [bold]distil[/bold]\n\n"
     "For both:         [bold]compare[/bold], [bold]audit[/bold]",
 )
+lease_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Issue and read leases: what an enclave may do with a bundle, for how many tokens, and until when.",
+)
+app.add_typer(lease_app, name="lease")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -58,6 +68,12 @@ Keys = Annotated[
 Enclave = Annotated[
     Path | None,
     typer.Option(help="Socket of a running enclave instead of --keys.", envvar="SEMIOPEN_ENCLAVE"),
+]
+Lease = Annotated[
+    Path | None,
+    typer.Option(
+        help="Lease of the vendor's, with --keys, for a bundle that needs one. Its use is counted in FILE.used."
+    ),
 ]
 DTypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the bundle's own when left out.")
@@ -94,6 +110,45 @@ class StatesKind(StrEnum):
 
     disk = "disk"
     memory = "memory"
+
+
+class HeadKind(StrEnum):
+    """Who holds final norm, output projection and sampling."""
+
+    open = "open"
+    shuffled = "shuffled"
+    sealed = "sealed"
+
+
+class LogitsKind(StrEnum):
+    """What leaves a sealed head beside tokens."""
+
+    none = "none"
+    top_k = "top-k"
+    full = "full"
+
+
+class FoldKind(StrEnum):
+    """In which basis the weights of a bundle are stored."""
+
+    none = "none"
+    keyed = "keyed"
+
+
+class KvKind(StrEnum):
+    """How keys and values lie in the host's cache."""
+
+    plain = "plain"
+    folded = "folded"
+    enclave = "enclave"
+
+
+class DivergenceKind(StrEnum):
+    """How a student's distance from its teacher is measured."""
+
+    forward_kl = "forward-kl"
+    reverse_kl = "reverse-kl"
+    jsd = "jsd"
 
 
 class Attack(StrEnum):
@@ -181,15 +236,38 @@ def seal(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="embedding, bottom (an eighth of the blocks; the default), whole, or solid (measures the model's "
-            "distillation difficulty first, see `semiopen plan`)."
+            help="embedding, bottom (an eighth of the blocks; the default), whole, solid (measures the model's "
+            "distillation difficulty first, see `semiopen plan`), distillock (embedding; words shuffled; keyed), "
+            "kv-shield (embedding; kv enclave), or recommended (as solid; head sealed; keyed)."
         ),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="plan.json, made for this model by `semiopen plan`.")] = None,
     texts: Annotated[
         Path | None,
-        typer.Option(help="Texts that --preset solid measures on; without, the model samples its own."),
+        typer.Option(help="Texts that solid and recommended measure on; without, the model samples its own."),
     ] = None,
+    head: Annotated[
+        HeadKind | None,
+        typer.Option(
+            help="sealed: the enclave chooses the tokens, and gives logits only under a lease that allows it. "
+            "shuffled: the projection is open, which word is which only the enclave knows. Both need a lease."
+        ),
+    ] = None,
+    fold: Annotated[
+        FoldKind | None,
+        typer.Option(help="keyed: all weights in a secret basis of one customer's own, which leaks are traced by."),
+    ] = None,
+    kv: Annotated[
+        KvKind | None,
+        typer.Option(
+            help="folded: keys and values are cached in a secret basis, at no cost. enclave: each open block's "
+            "attention passes through the enclave too, which knows the order of its values (KV-Shield)."
+        ),
+    ] = None,
+    customer: Annotated[str | None, typer.Option(help="For whom a keyed bundle is. Not written into it.")] = None,
+    require_lease: Annotated[
+        bool, typer.Option("--require-lease", help="No enclave opens it without a lease, though its head be open.")
+    ] = False,
 ) -> None:
     """Seal a model: write a bundle whose bottom layers only an enclave can open.
 
@@ -199,11 +277,123 @@ def seal(
     """
     from semiopen.vendor.seal import seal as seal_model
 
-    with _progress() if preset != "solid" else _steps() as report:
-        manifest = seal_model(model, bundle, keys, prefix, preset, report, plan=plan, texts=texts)
+    with _steps() if preset in ("solid", "recommended") else _progress() as report:
+        manifest = seal_model(
+            model,
+            bundle,
+            keys,
+            prefix,
+            preset,
+            report,
+            plan=plan,
+            texts=texts,
+            fold=fold.value if fold else None,
+            customer=customer,
+            head=head.value if head else None,
+            require_lease=require_lease,
+            kv=kv.value if kv else None,
+        )
     err.print(f"Sealed {manifest.plan.prefix} of {manifest.num_layers} blocks and the embedding into {bundle}.")
     if manifest.open_embedding:
         err.print("The embedding is tied to the open head, so its matrix is open as well; the blocks are sealed.")
+    if manifest.lease_required:
+        err.print("An enclave opens this bundle only with a lease; make one with: semiopen lease new", soft_wrap=True)
+
+
+@lease_app.command("new")
+def lease_new(
+    bundle: Annotated[Path, typer.Option(help="Folder of the bundle that it is for.", show_default=False)],
+    keys: Annotated[Path, typer.Option(help="Key folder of the vendor.", show_default=False)],
+    customer: Annotated[str, typer.Option(help="For whom, in your words; the customer sees it.", show_default=False)],
+    to: Annotated[Path, typer.Option("--out", help="File of the lease; must not exist.", show_default=False)],
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Budget; no limit when left out. `semiopen plan --attack-budget` proposes one.", min=1),
+    ] = None,
+    rate: Annotated[int | None, typer.Option(help="Tokens a minute; no limit when left out.", min=1)] = None,
+    lasts: Annotated[str, typer.Option(help="How long it is valid: 90s, 45m, 12h or 30d.")] = "30d",
+    begins: Annotated[datetime | None, typer.Option(help="When it begins, UTC; now when left out.")] = None,
+    logits: Annotated[
+        LogitsKind,
+        typer.Option(help="What a sealed head gives beside tokens. full: whoever has them can compute the head."),
+    ] = LogitsKind.none,
+    top_k: Annotated[
+        int, typer.Option(help="With --logits top-k: how many of the likeliest tokens' log-probabilities.", min=0)
+    ] = 0,
+    distil: Annotated[bool, typer.Option("--distil", help="Allow training a student: logits in full.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Allow training an adapter: logits in full, gradients through the head.")
+    ] = False,
+    no_generate: Annotated[bool, typer.Option("--no-generate", help="Allow no choice of tokens.")] = False,
+) -> None:
+    """Issue a lease: a signed file that lets an enclave use one bundle.
+
+    It counts tokens through the sealed blocks, and answers of a head that is not open; the larger is what is used. All
+    that a prefix emits is training data for a copy, so the budget is what protects it: take it from `semiopen plan`.
+
+    Example: semiopen lease new --bundle my-bundle --keys vendor-keys --customer acme --tokens 1000000 --out acme.jwt
+    """
+    from semiopen.bundle.lease import Rights
+    from semiopen.vendor.lease import new_lease, parse_duration
+
+    if (logits is LogitsKind.top_k) != (top_k > 0):
+        raise SemiopenError("--top-k N goes with --logits top-k; give both, or neither.")
+    rights = Rights(generate=not no_generate, logits=logits.value, top_k=top_k, distil=distil, tune=tune)
+    start = None if begins is None else int(begins.replace(tzinfo=UTC).timestamp())
+    text = new_lease(bundle, keys, customer, rights, tokens, rate, start, parse_duration(lasts))
+    try:
+        with to.open("x") as file:
+            file.write(text + "\n")
+    except FileExistsError:
+        raise SemiopenError(f"{to} exists already; give each lease a file of its own.") from None
+    _show_lease(text, keys)
+    err.print(f"Written to {_plain(str(to))}; the customer gives it as --lease.", soft_wrap=True)
+
+
+@lease_app.command("show")
+def lease_show(
+    file: Annotated[Path, typer.Argument(help="File of the lease.", show_default=False)],
+    vendor_key: Annotated[Path | None, typer.Option(help="Vendor's public key, to check who signed it.")] = None,
+) -> None:
+    """Show what a lease allows, and until when. Exit status 1 if the given key did not sign it.
+
+    Example: semiopen lease show acme.jwt --vendor-key vendor.pub
+    """
+    from semiopen.host.enclave_process import read_lease
+
+    _show_lease(read_lease(file), vendor_key)
+
+
+def _show_lease(text: str, vendor_key: Path | None) -> None:
+    from semiopen.bundle.keys import load_vendor_key
+    from semiopen.bundle.lease import read_lease, words_of
+
+    lease = read_lease(text, load_vendor_key(vendor_key) if vendor_key else None)
+    ended = " [red](ended)[/red]" if time.time() >= lease.exp else ""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("customer", _plain(lease.sub))
+    table.add_row("bundle", lease.bundle)
+    table.add_row("valid", f"{words_of(lease.nbf)} to {words_of(lease.exp)}{ended}")
+    table.add_row("tokens", f"{lease.tokens:,}" if lease.tokens else "no limit")
+    table.add_row("rate", f"{lease.rate:,} tokens a minute" if lease.rate else "no limit")
+    table.add_row("rights", _rights(lease.rights))
+    signature = (
+        f"verified, vendor key {lease.iss}" if vendor_key else "[yellow]not verified: give --vendor-key[/yellow]"
+    )
+    table.add_row("signature", signature)
+    table.add_row("id", lease.jti)
+    out.print(table)
+
+
+def _rights(rights: "Rights") -> str:
+    named = {
+        "choose tokens": rights.generate,
+        f"log-probabilities of the {rights.top_k} likeliest": rights.logits == "top-k",
+        "all logits": rights.logits == "full",
+        "distil (all logits)": rights.distil,
+        "tune (all logits, gradients)": rights.tune,
+    }
+    return ", ".join(name for name, given in named.items() if given) or "states of the sealed blocks alone"
 
 
 @app.command()
@@ -282,6 +472,36 @@ def plan(
     write_plan(document, to)
     _show_plan(document)
     err.print(f"Written to {to}; seal with: semiopen seal {model} --plan {to} --out BUNDLE --keys KEYS", soft_wrap=True)
+
+
+@app.command()
+def trace(
+    suspect: Annotated[
+        Path, typer.Argument(help="Folder with safetensors, or one such file: all or some tensors.", show_default=False)
+    ],
+    registry: Annotated[
+        Path, typer.Option(help="The folder 'customers' in the vendor's key folder.", show_default=False)
+    ],
+) -> None:
+    """Say from which customer's keyed bundle a checkpoint comes, or that it comes from none.
+
+    A thief who turns the weights once more is not found; see docs/fold.md.
+
+    Example: semiopen trace ./found-somewhere --registry vendor-keys/customers
+    """
+    with err.status("Comparing ..."):
+        from semiopen.vendor.trace import trace as trace_leak
+
+        findings = trace_leak(suspect, registry)
+    table = Table("customer", "bundle", "z", "p", "matrices", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for finding in [finding for finding in findings if finding.found] or findings[:1]:
+        chance = f"{finding.p:.1e}" if finding.p else "< 1e-300"
+        matrices = f"{len(finding.matched)} of {finding.compared} match"
+        name = finding.customer if finding.found else f"none (nearest: {finding.customer})"
+        table.add_row(_plain(name), finding.bundle_id[:16], f"{finding.z:.1f}", chance, matrices)
+    out.print(table)
+    for name in findings[0].matched if findings[0].found else ():
+        out.print(f"[dim]{_plain(name)}[/dim]")
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
@@ -391,6 +611,21 @@ def inspect(
     for field, value in manifest.plan.model_dump().items():
         if field != "prefix":
             table.add_row(field, str(value))
+    if manifest.plan.fold == "keyed":
+        from semiopen.model.split import config_from_dict
+        from semiopen.model.symmetries import describe as describe_fold
+
+        config = config_from_dict(json.loads(verified.read("config.json"))["text_config"])
+        for where, what in describe_fold(config).items():
+            table.add_row(f"  {where}", f"[dim]{what}[/dim]")
+    if manifest.plan.kv != "plain":
+        from semiopen.model.kv_symmetries import describe as describe_kv
+        from semiopen.model.split import config_from_dict
+
+        config = config_from_dict(json.loads(verified.read("config.json"))["text_config"])
+        for where, what in describe_kv(config, manifest.plan.kv).items():
+            table.add_row(f"  {where}", f"[dim]{what}[/dim]")
+    table.add_row("lease", "needed: --lease FILE" if manifest.lease_required else "not needed")
     share = manifest.sealed_bytes / (manifest.sealed_bytes + manifest.open_bytes)
     table.add_row(
         "sealed",
@@ -437,6 +672,7 @@ def enclave(
         typer.Option(help="Key folder; the sealing key goes to the enclave by pipe.", show_default=False),
     ],
     socket: Annotated[Path, typer.Option(help="Unix socket to listen on.", show_default=False)],
+    lease: Lease = None,
     dtype: DTypeOption = None,
     threads: Threads = 0,
 ) -> None:
@@ -447,12 +683,13 @@ def enclave(
     from semiopen.host.client import EnclaveClient
     from semiopen.host.enclave_process import EnclaveProcess
 
-    process = EnclaveProcess(bundle, keys, dtype, threads, socket)  # type: ignore[arg-type] - checked on its way in
+    process = EnclaveProcess(bundle, keys, dtype, threads, socket, lease=lease)  # type: ignore[arg-type] - checked there
     try:
         with err.status("The enclave loads the bundle ..."):
             process.wait_ready()
         client = EnclaveClient(socket)
         _banner(client.welcome.enclave, client.welcome.measures, True)
+        _lease_banner(client)
         client.close()
         err.print(f"Listening. Use it with: [bold]export SEMIOPEN_ENCLAVE={socket}[/bold]")
         while process.running():
@@ -468,6 +705,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
     keys: Keys = None,
     enclave: Enclave = None,
+    lease: Lease = None,
     adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
@@ -480,7 +718,8 @@ def generate(
 
     Example: semiopen generate my-bundle --keys vendor-keys --prompt "Once upon a time"
     """
-    model = _load(bundle, keys, enclave, dtype, threads, adapter)  # before torch is imported, see semiopen.host.load
+    # Before torch is imported, see semiopen.host.load.
+    model = _load(bundle, keys, enclave, dtype, threads, adapter, lease)
 
     import torch
     from transformers import AutoTokenizer, TextStreamer
@@ -515,6 +754,7 @@ def chat(
     bundle: Bundle,
     keys: Keys = None,
     enclave: Enclave = None,
+    lease: Lease = None,
     adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
@@ -526,7 +766,7 @@ def chat(
 
     Example: semiopen chat my-bundle --keys vendor-keys
     """
-    model = _load(bundle, keys, enclave, dtype, threads, adapter)
+    model = _load(bundle, keys, enclave, dtype, threads, adapter, lease)
 
     from transformers import AutoTokenizer
 
@@ -554,6 +794,7 @@ def serve(
     bundle: Bundle,
     keys: Keys = None,
     enclave: Enclave = None,
+    lease: Lease = None,
     adapter: Adapter = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8000,
@@ -609,6 +850,7 @@ def serve(
         grace_seconds=grace,
         chat_template=chat_template,
         adapter=adapter,
+        lease=lease,
         dtype=dtype,
         threads=threads,
     )
@@ -632,6 +874,7 @@ def tune(
     adapter: Annotated[Path, typer.Option("--out", help="Folder of the adapter; must not exist.", show_default=False)],
     keys: Keys = None,
     enclave: Enclave = None,
+    lease: Lease = None,
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -762,6 +1005,7 @@ def tune(
             settings,
             dtype=dtype,
             threads=threads,
+            lease=lease,
             work=work,
             states=states.value,
             keep_states=keep_states,
@@ -785,10 +1029,180 @@ def tune(
 
 
 @app.command()
+def distil(
+    bundle: Bundle,
+    student: Annotated[
+        Path,
+        typer.Option(help="Folder of the model to train; its vocabulary is the bundle's.", show_default=False),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(help="Your data: JSON Lines (.jsonl) or plain text (.txt). It stays here.", show_default=False),
+    ],
+    to: Annotated[
+        Path, typer.Option("--out", help="Folder of the trained student; must not exist.", show_default=False)
+    ],
+    keys: Keys = None,
+    enclave: Enclave = None,
+    lease: Lease = None,
+    divergence: Annotated[
+        DivergenceKind, typer.Option(help="How far the student is from the teacher, at each learned token.")
+    ] = DivergenceKind.forward_kl,
+    beta: Annotated[float, typer.Option(help="Of jsd: near 0 is forward KL, near 1 reverse KL.")] = 0.5,
+    temperature: Annotated[float, typer.Option(help="Divides the logits of both.")] = 1.0,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            help="Learn from the teacher's likeliest tokens and from the others as one. Asked for once and kept, so "
+            "that further epochs cost no tokens. \\[default: the whole vocabulary, asked for in each epoch]",
+            min=1,
+        ),
+    ] = None,
+    truth: Annotated[float, typer.Option(help="Share of the data's own tokens in the loss.", min=0, max=1)] = 0.0,
+    on_policy: Annotated[
+        float, typer.Option(help="Share of the batches in which the student writes the completions.", min=0, max=1)
+    ] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion that the student writes.", min=1)] = 128,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest example in tokens; longer ones lose their end. \\[default: the context, 1024 at most]"
+        ),
+    ] = None,
+    loss: Annotated[
+        LossKind,
+        typer.Option(help="What to learn: completions and the assistant's turns, or all tokens. Of a text, all."),
+    ] = LossKind.completion,
+    eval_share: Annotated[
+        float, typer.Option(help="Share of the examples held back, to compare on. 0 for none.", min=0, max=0.9)
+    ] = 0.05,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=TRAINING)] = 3.0,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.", rich_help_panel=TRAINING)] = 2e-4,
+    schedule: Annotated[
+        ScheduleKind, typer.Option(help="How the rate falls after its warm-up.", rich_help_panel=TRAINING)
+    ] = ScheduleKind.cosine,
+    warmup: Annotated[
+        float, typer.Option(help="Share of all steps in which the rate rises.", min=0, rich_help_panel=TRAINING)
+    ] = 0.03,
+    batch_size: Annotated[
+        int, typer.Option(help="Examples in the models at once.", min=1, rich_help_panel=TRAINING)
+    ] = 8,
+    accumulate: Annotated[
+        int, typer.Option(help="Batches of one step of the optimiser.", min=1, rich_help_panel=TRAINING)
+    ] = 1,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", min=0, rich_help_panel=TRAINING)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same student.", min=0, rich_help_panel=TRAINING)] = 0,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=TRAINING),
+    ] = False,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Train LoRA of this rank, merged at the end. \\[default: train all weights]",
+            min=1,
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=KEPT)
+    ] = False,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints, which --resume needs.", min=1, rich_help_panel=KEPT)
+    ] = 100,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of what a resumed run needs; removed at the end. \\[default: OUT.work]", rich_help_panel=KEPT
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or bfloat16; the bundle's own when left out, float32 where that is float16."),
+    ] = None,
+    threads: Threads = 0,
+) -> None:
+    """Train a smaller model on a bundle as its teacher. Data, teacher and student stay on this machine.
+
+    The data is as for `semiopen tune`; what is learned of it is what the teacher would say there.
+
+    Example: semiopen distil my-bundle --keys vendor-keys --student small --data letters.jsonl --out trained
+    """
+    _check_enclave_given(keys, enclave)
+    _settle_threads(threads)
+    with err.status("Preparing ..."):
+        try:
+            from semiopen.host.distilling import run
+            from semiopen.host.distilling.settings import DistilSettings
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("semiopen"):
+                raise
+            raise SemiopenError(
+                f"Distilling needs the package {error.name}; install it with: pip install 'semiopen[distil]'"
+            ) from None
+    settings = DistilSettings(
+        divergence=divergence.value,
+        beta=beta,
+        temperature=temperature,
+        top_k=top_k,
+        truth=truth,
+        on_policy=on_policy,
+        max_new_tokens=max_new_tokens,
+        lora_rank=lora_rank,
+        epochs=epochs,
+        learning_rate=lr,
+        warmup=warmup,
+        schedule=schedule.value,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        weight_decay=weight_decay,
+        max_length=max_length,
+        loss=loss.value,
+        eval_share=eval_share,
+        seed=seed,
+        gradient_checkpointing=gradient_checkpointing,
+        save_every=save_every,
+    )
+    with _progress(MofNCompleteColumn(), TimeRemainingColumn()) as report:
+        result = run.distil(
+            bundle,
+            student,
+            data,
+            to,
+            keys,
+            None if keys else enclave,
+            settings,
+            lease=lease,
+            dtype=dtype,
+            threads=threads,
+            work=work,
+            resume=resume,
+            progress=report,
+            say=lambda line: err.print(_plain(line), soft_wrap=True),
+        )
+    if as_json:
+        print(json.dumps({"student": str(to), **dataclasses.asdict(result)}))
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    before, after = result.divergence_before, result.divergence_after
+    if before is not None and after is not None:
+        table.add_row("distance", f"{before:.4f} before, {after:.4f} after (forward KL, nats per token)")
+        table.add_row("agreement", f"{result.agreement_before:.1%} before, {result.agreement_after:.1%} after")
+        table.add_row("", f"on {result.held_back} examples held back")
+    reused = f"; answers to {result.reused_tokens:,} reused from an earlier run" if result.reused_tokens else ""
+    table.add_row("enclave", f"{result.enclave_tokens:,} tokens, metered{reused}")
+    table.add_row("training", f"{result.steps:,} steps in {result.training_seconds:.1f} s")
+    table.add_row("student", f"{to}, {result.trained_parameters:,} parameters trained")
+    out.print(table)
+
+
+@app.command()
 def compare(
     bundle: Bundle,
     original: Annotated[Path, typer.Argument(help="Folder of the original model.", show_default=False)],
     keys: Annotated[Path, typer.Option(help="Key folder.", show_default=False)],
+    lease: Lease = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given several times.")] = None,
     max_new_tokens: MaxNewTokens = 40,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
@@ -799,7 +1213,7 @@ def compare(
     """
     started = time.time()
     prompts = prompt or ["Once upon a time", "The little dog was", "One day, a girl named Lily"]
-    protected = _load(bundle, keys, None, dtype, 0)
+    protected = _load(bundle, keys, None, dtype, 0, lease=lease)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -850,6 +1264,7 @@ def audit(
     ],
     keys: Keys = None,
     enclave: Enclave = None,
+    lease: Lease = None,
     attack: Annotated[
         list[Attack] | None,
         typer.Option(
@@ -920,7 +1335,14 @@ def audit(
         raise SemiopenError("base_graft puts a public relative's layers in place; give it as --public-base MODEL.")
     words: list[object] = ["semiopen", "audit", bundle, *(("--keys", keys) if keys else ("--enclave", enclave))]
     words += [word for budget in tokens or () for word in ("--tokens", budget)]
-    given = {"--seeds": seeds, "--steps": steps, "--texts": texts, "--public-base": public_base, "--dtype": dtype}
+    given = {
+        "--lease": lease,
+        "--seeds": seeds,
+        "--steps": steps,
+        "--texts": texts,
+        "--public-base": public_base,
+        "--dtype": dtype,
+    }
     words += [word for name, value in given.items() if value is not None for word in (name, value)]
     words += ["--quick"] if quick else []
     try:
@@ -935,6 +1357,7 @@ def audit(
                 threads=threads,
                 texts=texts,
                 public_base=public_base,
+                lease=lease,
                 command=tuple(str(word) for word in words),
                 progress=report,
                 say=lambda line: err.print(_plain(line), soft_wrap=True),
@@ -970,6 +1393,7 @@ def _load(
     dtype: str | None,
     threads: int,
     adapter: Path | None = None,
+    lease: Path | None = None,
 ) -> "PreTrainedModel":
     _check_enclave_given(keys, enclave)
     with err.status("Starting the enclave and opening the bundle ..."):
@@ -979,20 +1403,37 @@ def _load(
         if adapter is not None:
             check_adapter(adapter, bundle)
         _settle_threads(threads)
-        model = load(bundle, keys=keys, enclave=None if keys else enclave, dtype=dtype, threads=threads)
+        model = load(bundle, keys=keys, enclave=None if keys else enclave, dtype=dtype, threads=threads, lease=lease)
         if adapter is not None:
             from semiopen.host.tuning.adapters import put_adapter
 
             model = put_adapter(model, adapter)
-    welcome = _welcome(model)
-    _banner(welcome.enclave, welcome.measures, False)
+    client = _client(model)
+    _banner(client.welcome.enclave, client.welcome.measures, False)
+    _lease_banner(client)
     return model
 
 
-def _welcome(model: "PreTrainedModel") -> "Welcome":
+def _client(model: "PreTrainedModel") -> "EnclaveClient":
     from semiopen.host.modeling import session_of
 
-    return session_of(model).client.welcome
+    return session_of(model).client
+
+
+def _welcome(model: "PreTrainedModel") -> "Welcome":
+    return _client(model).welcome
+
+
+def _lease_banner(client: "EnclaveClient") -> None:
+    """For whom the enclave has a lease, until when, and what is left of it."""
+    lease = client.welcome.lease
+    if lease is None:
+        return
+    from semiopen.bundle.lease import words_of
+
+    left = "no limit of tokens" if lease.tokens is None else f"{client.status().left:,} of {lease.tokens:,} tokens left"
+    rate = "" if lease.rate is None else f", {lease.rate:,} a minute"
+    err.print(f"Lease of {_plain(lease.customer)} to {words_of(lease.ends)}, {left}{rate}", soft_wrap=True)
 
 
 def _banner(kind: str, measures: list[str], full: bool) -> None:

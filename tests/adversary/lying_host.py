@@ -23,6 +23,7 @@ from semiopen.protocol.channel import Layout, SharedArrays
 from semiopen.protocol.framing import MAX_PAYLOAD, PROTOCOL_VERSION, FrameDecoder, encode_frame
 from semiopen.protocol.messages import (
     REPLY,
+    Chosen,
     Failed,
     Hello,
     Open,
@@ -73,6 +74,38 @@ class RawStep:
 
     def with_value(self, array: str, index: tuple[int, ...], value: Any) -> "RawStep":
         """The same step with one number of one array changed."""
+        changed = copy.deepcopy(getattr(self, array))
+        target = changed
+        for i in index[:-1]:
+            target = target[i]
+        target[index[-1]] = value
+        return self.but(**{array: changed})
+
+
+@dataclass(frozen=True)
+class RawChoice:
+    """A choice as it lies on the wire and in shared memory; nothing in it need fit together.
+
+    `claims` overrides fields of the control message, such as `rows`.
+    """
+
+    states: torch.Tensor
+    settings: list[list[float]]
+    choices: list[list[int]]
+    history: list[int]
+    history_at: list[list[int]]
+    claims: dict[str, Any] = field(default_factory=dict)
+
+    def message(self) -> dict[str, Any]:
+        """The control message."""
+        return {"kind": "choose", "rows": len(self.settings), "order": "vllm", "logits": False, **self.claims}
+
+    def but(self, **changes: Any) -> "RawChoice":
+        """The same choice with other arrays."""
+        return replace(copy.deepcopy(self), **changes)
+
+    def with_value(self, array: str, index: tuple[int, ...], value: Any) -> "RawChoice":
+        """The same choice with one number of one array changed."""
         changed = copy.deepcopy(getattr(self, array))
         target = changed
         for i in index[:-1]:
@@ -145,16 +178,36 @@ class LyingHost:
         self.send_payload(request if isinstance(request, bytes) else json.dumps(request).encode())
         return self.reply()
 
-    def open(self, blocks: int = BLOCKS, step_tokens: int = STEP_TOKENS, sequences: int = SEQUENCES) -> Self:
+    def open(
+        self,
+        blocks: int = BLOCKS,
+        step_tokens: int = STEP_TOKENS,
+        sequences: int = SEQUENCES,
+        rows: int = 0,
+        logit_rows: int = 0,
+        history: int = 0,
+    ) -> Self:
         """Open a session as an honest client would, and map its memory."""
         welcome = self.ask(Hello())
         assert isinstance(welcome, Welcome)
-        request = Open(blocks=blocks, block_size=BLOCK, by_window=False, step_tokens=step_tokens, sequences=sequences)
+        head = {"rows": rows, "logit_rows": logit_rows, "history": history}
+        request = Open(
+            blocks=blocks, block_size=BLOCK, by_window=False, step_tokens=step_tokens, sequences=sequences, **head
+        )
         opened = self.ask(request)
         assert isinstance(opened, Opened), opened
         dtype = getattr(torch, welcome.dtype)
         layout = Layout(
-            step_tokens, sequences, BLOCK, False, len(welcome.windows), welcome.context, welcome.hidden_size, dtype
+            step_tokens=step_tokens,
+            sequences=sequences,
+            block_size=BLOCK,
+            by_window=False,
+            windows=len(welcome.windows),
+            context=welcome.context,
+            hidden_size=welcome.hidden_size,
+            dtype=dtype,
+            vocab_size=welcome.vocab_size,
+            **head,
         )
         assert opened.nbytes == layout.nbytes()
         self.arrays = SharedArrays(self.descriptors[0], layout)
@@ -182,6 +235,31 @@ class LyingHost:
         assert isinstance(reply, Stepped), reply
         assert self.arrays is not None
         return self.arrays.hidden[: reply.tokens].clone()
+
+    def lay_out_choice(self, choice: "RawChoice") -> None:
+        """Put a choice's arrays into shared memory, as far as they fit."""
+        arrays = self.arrays
+        assert arrays is not None, "open a session first"
+        count = min(len(choice.states), len(arrays.states))
+        arrays.states[:count] = choice.states[:count]
+        for name in ("settings", "choices", "history_at"):
+            values, target = getattr(choice, name), getattr(arrays, name)
+            count = min(len(values), len(target))
+            with np.errstate(all="ignore"):
+                target[:count] = np.asarray(values[:count]).astype(target.dtype)
+        _put(arrays.history, choice.history)
+
+    def choose(self, choice: "RawChoice") -> BaseModel | None:
+        """Ask for a choice as it is."""
+        self.lay_out_choice(choice)
+        return self.ask(choice.message())
+
+    def chosen(self, choice: "RawChoice") -> list[int]:
+        """Ask for a choice that must be made, and return its tokens."""
+        reply = self.choose(choice)
+        assert isinstance(reply, Chosen), reply
+        assert self.arrays is not None
+        return self.arrays.chosen[: reply.rows].tolist()
 
 
 def _put(target: np.ndarray, values: Any) -> None:
@@ -337,6 +415,64 @@ def _step_attacks() -> dict[str, tuple[str, RawStep]]:
 
 
 STEP_ATTACKS = _step_attacks()
+
+
+# --- Choices -------------------------------------------------------------------------------------------------
+
+ROWS, LOGIT_ROWS, HISTORY_ROOM = 6, 4, 600  # what an attacker of the head opens; there is room for more than a context
+_STATES = torch.randn(3, 32, generator=torch.Generator().manual_seed(11))
+# Greedy, drawn from all, and drawn from the likeliest under all penalties.
+CHOICE = RawChoice(
+    _STATES,
+    [[0, 1, 0, 1, 0, 0], [0.8, 1, 0, 1, 0, 0], [0.9, 0.9, 0.05, 1.3, 0.4, 0.2]],
+    [[0, 0, 0, 0], [0, 7, -7, 3], [20, -(2**31), 2**31 - 1, 2**31 - 1]],
+    [5, 6, 7, 8, 8, 9],
+    [[0, 0, 0], [6, 6, 6], [0, 3, 6]],
+)
+
+
+def _choice_attacks() -> dict[str, tuple[str, RawChoice]]:
+    change = CHOICE.with_value
+    attacks: dict[str, tuple[str, RawChoice]] = {}
+    infinity, nan = float("inf"), float("nan")
+    for value in (infinity, -infinity, nan):
+        attacks[f"a state of {value}"] = "shape", change("states", (1, 31), value)
+        for index in range(6):
+            attacks[f"setting {index} = {value}"] = "shape", change("settings", (2, index), value)
+    for index, value in (
+        *((0, value) for value in (-1e-9, -1, 1.1e6, 3e38)),
+        *((index, value) for index in (1, 2) for value in (-1e-9, 1.0001, 2, 3e38)),
+        *((3, value) for value in (0, -1, 0.009, 101, 1e-38)),
+        *((index, value) for index in (4, 5) for value in (-101, 101, 3e38)),
+    ):
+        attacks[f"setting {index} = {value}"] = "shape", change("settings", (0, index), value)
+    for value in (-1, -(2**31)):
+        attacks[f"top_k {value}"] = "shape", change("choices", (1, 0), value)
+        attacks[f"token number {value}"] = "shape", change("choices", (1, 3), value)
+    for index in range(3):
+        for value in INT32:
+            attacks[f"history_at[{index}] = {value}"] = "shape", change("history_at", (2, index), value)
+    for at in ([3, 2, 6], [0, 6, 5], [6, 0, 6], [0, 0, HISTORY_ROOM + 1], [-3, 0, 3], [HISTORY_ROOM + 1] * 3):
+        attacks[f"history at {at}"] = "shape", change("history_at", (1,), at)
+    attacks["history wraps around in 32 bits"] = "shape", change("history_at", (1,), [2**31 - 1, 0, -(2**31)])
+    attacks["history longer than the context"] = "context", change("history_at", (1,), [0, 100, 257])
+    for value in (199, 200, *INT32):
+        attacks[f"token {value} of a prompt"] = "token", change("history", (1,), value)
+        attacks[f"token {value} of an answer"] = "token", change("history", (5,), value)
+    for value in (ROWS + 1, 513, 2**31 - 1):
+        attacks[f"rows {value}"] = "shape", CHOICE.but(claims={"rows": value})
+    attacks["more rows than logits"] = "shape", CHOICE.but(claims={"rows": LOGIT_ROWS + 1, "logits": True})
+    for value in (0, -1, 2**31, True, 1.0, "1", None, [1]):
+        attacks[f"rows {value!r}"] = "message", CHOICE.but(claims={"rows": value})
+    for value in ("greedy", "", None, 1, True, ["vllm"]):
+        attacks[f"order {value!r}"] = "message", CHOICE.but(claims={"order": value})
+    for value in (0, 1, "true", None):
+        attacks[f"logits {value!r}"] = "message", CHOICE.but(claims={"logits": value})
+    attacks["a field too many"] = "message", CHOICE.but(claims={"number": 0.5})
+    return attacks
+
+
+CHOICE_ATTACKS = _choice_attacks()
 
 
 # --- Messages and frames ---------------------------------------------------------------------------------------

@@ -20,16 +20,16 @@ from semiopen.enclave.secret_memory import read_secret
 out = os.dup(1)
 measures = hardening.harden_start()
 key = read_secret(0, 32, close=False)
-from semiopen.enclave.server import Server, limits_for, place_of, welcome_for
+from semiopen.bundle.lease import Lease
+from semiopen.enclave.server import place_of
+from semiopen.enclave.trusted_state import Meter, Refused
 from semiopen.protocol.messages import Provision
 
 bundle, vendor_key = map(Path, sys.argv[1:])
 provision = Provision(
     bundle=str(bundle), vendor_key=vendor_key.read_text(), dtype=None, threads=1, max_kv_tokens=1024
 )
-prefix, digest, blocks = start._load_prefix(provision, key)
-limits = limits_for(prefix, 64)
-server = Server(prefix, limits, welcome_for(prefix, limits, start.KIND, digest, blocks))
+server, _ = start._build(provision, key)
 server.rehearse()
 before = set(sys.modules)
 hardening.harden_running()
@@ -37,8 +37,15 @@ try:
     raise RuntimeError("the-customer-s-secret-4711")
 except RuntimeError as error:
     told = place_of(error)
+permission = Lease(
+    iss="0" * 64, sub="a", jti="0" * 32, iat=0, nbf=0, exp=10**9, bundle="0" * 32, rights={"generate": True}
+)
+try:
+    Meter(permission).charge(tokens=1)
+except Refused as refused:
+    ended = refused.message
 late = sorted(set(sys.modules) - before)
-os.write(out, json.dumps({"modules": sorted(sys.modules), "late": late, "told": told}).encode())
+os.write(out, json.dumps({"modules": sorted(sys.modules), "late": late, "told": told, "ended": ended}).encode())
 os._exit(0)
 """
 
@@ -78,3 +85,8 @@ def test_nothing_is_imported_for_an_internal_error(inside):
     """In a hardened process an import opens no file, so it would turn one error into another."""
     assert inside["late"] == []
     assert re.fullmatch(r"The enclave met an internal error \(RuntimeError at <string>:\d+\)\.", inside["told"])
+
+
+def test_nothing_is_imported_to_say_that_a_lease_has_ended(inside):
+    assert inside["ended"] == "The lease ended at 2001-09-09 01:46:40 UTC; ask the vendor for another."
+    assert inside["late"] == []

@@ -25,7 +25,19 @@ from tests.adversary.lying_host import (
 )
 
 LAYOUT = Layout(STEP_TOKENS, SEQUENCES, 16, False, 1, 256, 32, torch.float32)
-LIMITS = Limits(65536, 8192, 512, 64, 256, 199, (0,))
+LIMITS = Limits(
+    max_kv_tokens=65536,
+    max_step_tokens=8192,
+    max_sequences=512,
+    max_sessions=64,
+    context=256,
+    vocab_size=199,
+    windows=(0,),
+    head="open",
+    max_rows=512,
+    max_logits=1 << 26,
+    max_history=1 << 22,
+)
 INPUTS = ("token_ids", "query_start", "seq_lens", "block_tables", "copies")
 CHECKED_CODES = {"shape", "token", "context", "block", "position"}
 

@@ -10,13 +10,14 @@ FILE = "sealed/prefix-00001-of-00001.safetensors"
 
 def document(**changes) -> dict:
     base = {
-        "format": 1,
+        "format": 2,
         "bundle_id": "0f" * 16,
         "plan": {"prefix": 1},
         "architecture": "LlamaForCausalLM",
         "num_layers": 4,
         "created_by": "semiopen 0.1.0",
         "open_embedding": False,
+        "lease_required": False,
         "sealed": [{"name": "w", "dtype": "BF16", "shape": [2, 3], "file": FILE}],
         "sealed_bytes": 12,
         "open_bytes": 100,
@@ -40,7 +41,7 @@ def test_round_trip():
 
 def test_a_newer_format_is_named_before_its_unknown_fields():
     with pytest.raises(BundleError, match="needs a newer semiopen: upgrade"):
-        parse({"format": 2, "something": "new"})
+        parse({"format": 3, "something": "new"})
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,12 @@ def test_a_newer_format_is_named_before_its_unknown_fields():
         document(plan={"prefix": 1, "surprise": 1}),
         document(plan={"prefix": 5}),
         document(plan={"prefix": -1}),
-        document(plan={"prefix": 1, "head": "sealed"}),
+        document(plan={"prefix": 1, "head": "ajar"}),
+        document(plan={"prefix": 1, "head": "sealed"}),  # without a lease
+        document(plan={"prefix": 1, "head": "shuffled"}, lease_required=False),
+        document(lease_required=1),
+        document(format=1, lease_required=True),
+        document(format=1, lease_required=True, plan={"prefix": 1, "head": "sealed"}),
         document(bundle_id="0F" * 16),
         document(bundle_id="0f" * 15),
         document(bundle_id="0f" * 16 + "\n"),
@@ -93,3 +99,15 @@ def test_anything_else_is_refused(value):
 def test_bytes_that_are_no_json_are_refused(data):
     with pytest.raises(BundleError, match=r"semiopen\.json"):
         parse_manifest(data)
+
+
+def test_a_manifest_of_format_1_needs_no_lease():
+    old = document(format=1)
+    del old["lease_required"]
+    assert parse(old).lease_required is False
+
+
+def test_a_sealed_head_with_a_lease_is_taken():
+    """The control of the refusals above."""
+    manifest = parse(document(plan={"prefix": 1, "head": "sealed", "fold": "keyed"}, lease_required=True))
+    assert manifest.lease_required is True

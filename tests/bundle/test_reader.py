@@ -155,7 +155,7 @@ def test_two_tensors_of_one_shape_cannot_be_swapped(tmp_path, vendor):
 
 def test_a_manifest_of_a_newer_format_asks_for_an_upgrade(bundle_folder, vendor):
     manifest = json.loads((bundle_folder / "semiopen.json").read_bytes())
-    (bundle_folder / "semiopen.json").write_text(json.dumps(manifest | {"format": 2, "new": []}))
+    (bundle_folder / "semiopen.json").write_text(json.dumps(manifest | {"format": 3, "new": []}))
     sign_folder(bundle_folder, vendor.signing_key)
     with pytest.raises(BundleError, match=r"semiopen\.json.*needs a newer semiopen: upgrade"):
         read_files(bundle_folder, vendor.vendor_key)

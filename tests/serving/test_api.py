@@ -6,7 +6,15 @@ import logging
 import httpx
 import pytest
 
-from semiopen.host.serving.engine import EngineBusy, EngineUnavailable, Piece, RequestRefused, TokenLogprob
+from semiopen.host.serving.engine import (
+    EngineBusy,
+    EngineUnavailable,
+    LeaseRefused,
+    Piece,
+    RateLimited,
+    RequestRefused,
+    TokenLogprob,
+)
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.running_server import TOKENIZER, ids, running
 
@@ -498,6 +506,8 @@ def test_a_template_that_refuses():
     ("error", "status", "code"),
     [
         (EngineBusy("full", 2.3), 429, "queue_full"),
+        (RateLimited("Later.", 2.3), 429, "rate_limit_exceeded"),
+        (LeaseRefused("Not allowed."), 403, "lease"),
         (EngineUnavailable("gone"), 503, "engine_unavailable"),
         (RequestRefused("Too long."), 400, None),
         (RuntimeError(SECRET), 500, "internal_error"),

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from semiopen.model import sampling as sampling_module
 from semiopen.host.serving.engine import RequestRefused, Sampling
 from semiopen.host.serving.sampling import Sampler, check_sampling, choose, logprobs_of
+from semiopen.model import sampling as sampling_module
 
 PLAIN = Sampling(max_tokens=1)
 GREEDY = replace(PLAIN, temperature=0.0)

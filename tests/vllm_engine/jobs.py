@@ -23,7 +23,10 @@ os.environ.update(
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one job: an engine over some prompts, `repeat` times, greedily. An error's text is a result too."""
+    """Run one job: an engine over some prompts, `repeat` times, greedily, and once with each of `more` settings.
+
+    An error's text is a result too.
+    """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.lora.request import LoRARequest
@@ -40,19 +43,32 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         llm = LLM(job["model"], **{**settings, **job.get("args", {})})
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    sampling = SamplingParams(
-        temperature=job.get("temperature", 0.0),
-        max_tokens=job.get("max_tokens", 24),
-        logprobs=job.get("logprobs"),
-        seed=0,
-        ignore_eos=True,
-        detokenize=False,
-    )
+
+    def params(**changes: Any) -> SamplingParams:
+        common = {
+            "temperature": job.get("temperature", 0.0),
+            "max_tokens": job.get("max_tokens", 24),
+            "logprobs": job.get("logprobs"),
+            "seed": 0,
+            "ignore_eos": True,
+            "detokenize": False,
+        }
+        if "logit_bias" in changes:  # JSON has no numbers for keys
+            changes["logit_bias"] = {int(token): bias for token, bias in changes["logit_bias"].items()}
+        return SamplingParams(**{**common, **changes})
+
+    def tokens_or_error(engine: LLM, changes: dict[str, Any]) -> list[list[int]] | str:
+        try:
+            outputs = engine.generate(prompts, params(**changes), use_tqdm=False)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     lora = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
     tokens, logprobs = [], []
     for _ in range(job.get("repeat", 1)):
-        outputs = llm.generate(prompts, sampling, lora_request=lora, use_tqdm=False)
+        outputs = llm.generate(prompts, params(), lora_request=lora, use_tqdm=False)
         tokens.append([list(output.outputs[0].token_ids) for output in outputs])
         logprobs.append(
             [
@@ -63,6 +79,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 for output in outputs
             ]
         )
+    more = {name: tokens_or_error(llm, changes) for name, changes in job.get("more", {}).items()}
     counters = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     del llm
     gc.collect()
@@ -70,6 +87,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "logprobs": logprobs,
+        "more": more,
         "preemptions": counters["vllm:num_preemptions"],
         "prefix_hits": counters["vllm:prefix_cache_hits"],
     }

@@ -132,6 +132,7 @@ def audit(
     threads: int = 0,
     texts: Path | None = None,
     public_base: str | None = None,
+    lease: Path | None = None,
     command: tuple[str, ...] = (),
     progress: Progress = lambda what, done, total: None,
     say: Callable[[str], None] = lambda line: None,
@@ -150,6 +151,7 @@ def audit(
         threads: CPU threads; 0 for torch's choice.
         texts: file of texts; the model's own when None.
         public_base: folder or hub id of a public relative.
+        lease: file of a lease, where the enclave is started here and the bundle needs one.
         command: words of the command line that did this, without attacks and `--out`, for the report to repeat.
         progress: called as work goes on.
         say: called with sentences for a person.
@@ -168,6 +170,7 @@ def audit(
         enclave=None if keys else enclave,
         dtype=dtype or ("float32" if keys else None),
         threads=threads,
+        lease=lease,
     )
     try:
         client = session_of(model).client

@@ -217,7 +217,7 @@ def lease_verdict(evidence: Evidence, attacks: Sequence[Verdict]) -> Verdict:
                 f" It lies below the smallest budget tried ({smallest:,} tokens), where the curve is only drawn "
                 "through; try smaller budgets before you rely on it."
             )
-        words += " This version's enclave counts tokens, and refuses none: the limit is for a lease to come."
+        words += " `semiopen lease new --tokens` sets that limit."
     return Verdict(id="lease", claim=claim, status=status, words=words, figures=figures, command=repeat)
 
 

@@ -3,9 +3,11 @@
 Made and verified here only. Whatever the header says, one algorithm is accepted, and the key is the vendor's own.
 """
 
+import base64
+import json
 import secrets
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from joserfc import jwt
@@ -18,6 +20,7 @@ from semiopen.errors import LeaseError
 
 ALGORITHM, TYPE, AUDIENCE = "ES256", "semiopen-lease+jwt", "semiopen-enclave"
 LONGEST_LEASE = 16384  # characters; far above any that is made here
+_MAX_SHOWN = 80  # characters of a malformed claim's name that an error repeats
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 _Seconds = Annotated[int, Field(ge=0, le=253402300799)]  # since 1970, to the year 9999
 _Tokens = Annotated[int, Field(ge=1, le=2**53)]  # exact in every JSON parser
@@ -129,6 +132,49 @@ def sign_lease(
     return jwt.encode(header, lease.model_dump(mode="json"), ECKey.import_key(signing_key), algorithms=[ALGORITHM])
 
 
+def read_lease(text: str, vendor_key: ec.EllipticCurvePublicKey | None) -> Lease:
+    """What a lease says; for whom it is meant, and whether it is valid now, is not looked at.
+
+    Args:
+        text: the JWT; untrusted.
+        vendor_key: whose signature it must have. None believes the text, which is good for showing it alone.
+
+    Raises:
+        LeaseError: not signed by this vendor, or malformed.
+    """
+    if len(text) > LONGEST_LEASE:
+        raise LeaseError("The lease is far too long to be one; give the file that `semiopen lease new` wrote.")
+    header, claims = _unverified(text) if vendor_key is None else _verified(text, vendor_key)
+    if header.get("typ") != TYPE:
+        raise LeaseError("This is a token of the vendor's, but no lease; ask the vendor for a lease.")
+    try:
+        lease = Lease.model_validate(claims)
+    except ValidationError as error:
+        raise LeaseError(f"The lease is malformed ({_first(error)}); ask the vendor for another.") from None
+    if vendor_key is not None and lease.iss != vendor_key_id(vendor_key):
+        raise LeaseError("The lease names another vendor; ask the vendor of this bundle.")
+    return lease
+
+
+def _verified(text: str, vendor_key: ec.EllipticCurvePublicKey) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        token = jwt.decode(text.strip(), ECKey.import_key(vendor_key), algorithms=[ALGORITHM])
+    except (JoseError, ValueError, TypeError, KeyError, RecursionError):
+        raise LeaseError("The lease is not signed by the vendor of this bundle; ask the vendor for another.") from None
+    return token.header, token.claims
+
+
+def _unverified(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        header, claims, _ = text.strip().split(".")
+        read = [json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))) for part in (header, claims)]
+    except (ValueError, RecursionError):
+        read = []
+    if not read or not all(isinstance(part, dict) for part in read):
+        raise LeaseError("This is no lease; give the file that `semiopen lease new` wrote.")
+    return read[0], read[1]
+
+
 def verify_lease(text: str, vendor_key: ec.EllipticCurvePublicKey, bundle_id: str, now: float) -> Lease:
     """Check a lease and return it.
 
@@ -141,20 +187,7 @@ def verify_lease(text: str, vendor_key: ec.EllipticCurvePublicKey, bundle_id: st
     Raises:
         LeaseError: not signed by this vendor, for another bundle, not valid now, or malformed.
     """
-    if len(text) > LONGEST_LEASE:
-        raise LeaseError("The lease is far too long to be one; give the file that `semiopen lease new` wrote.")
-    try:
-        token = jwt.decode(text.strip(), ECKey.import_key(vendor_key), algorithms=[ALGORITHM])
-    except (JoseError, ValueError, TypeError, KeyError, RecursionError):
-        raise LeaseError("The lease is not signed by the vendor of this bundle; ask the vendor for another.") from None
-    if token.header.get("typ") != TYPE:
-        raise LeaseError("This is a token of the vendor's, but no lease; ask the vendor for a lease.")
-    try:
-        lease = Lease.model_validate(token.claims)
-    except ValidationError as error:
-        raise LeaseError(f"The lease is malformed ({_first(error)}); ask the vendor for another.") from None
-    if lease.iss != vendor_key_id(vendor_key):
-        raise LeaseError("The lease names another vendor; ask the vendor of this bundle.")
+    lease = read_lease(text, vendor_key)
     if lease.bundle != bundle_id:
         raise LeaseError("The lease is for another bundle; use it with that one, or ask for one for this bundle.")
     check_time(lease, now)
@@ -164,16 +197,17 @@ def verify_lease(text: str, vendor_key: ec.EllipticCurvePublicKey, bundle_id: st
 def check_time(lease: Lease, now: float) -> None:
     """Raise LeaseError unless the lease is valid at `now`, in seconds since 1970."""
     if now < lease.nbf:
-        raise LeaseError(f"The lease begins at {_words(lease.nbf)}; wait until then, or set the clock right.")
+        raise LeaseError(f"The lease begins at {words_of(lease.nbf)}; wait until then, or set the clock right.")
     if now >= lease.exp:
-        raise LeaseError(f"The lease ended at {_words(lease.exp)}; ask the vendor for another.")
+        raise LeaseError(f"The lease ended at {words_of(lease.exp)}; ask the vendor for another.")
 
 
-def _words(seconds: int) -> str:
+def words_of(seconds: int) -> str:
+    """A time for people."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _first(error: ValidationError) -> str:
     first = error.errors(include_input=False, include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"])[:_MAX_SHOWN]
     return f"{where}: {first['msg']}" if where else first["msg"]

@@ -13,7 +13,7 @@ from semiopen.bundle.primitives import BUNDLE_ID_BYTES
 from semiopen.errors import BundleError
 from semiopen.model.plan import Plan
 
-FORMAT = 1
+FORMAT = 2  # 1 had an open head, no fold and no lease
 SEALED_FILE = re.compile(r"sealed/prefix-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -53,7 +53,7 @@ class Manifest(BaseModel):
 
     model_config = _STRICT
 
-    format: Literal[1]
+    format: Literal[1, 2]
     bundle_id: str = Field(pattern=f"^[0-9a-f]{{{2 * BUNDLE_ID_BYTES}}}$")
     plan: Plan
     architecture: str = Field(min_length=1, max_length=256)
@@ -73,6 +73,10 @@ class Manifest(BaseModel):
             raise ValueError("the sizes of the sealed tensors do not add up")
         if self.plan.prefix > self.num_layers:
             raise ValueError("the plan seals more blocks than the model has")
+        if self.plan.head != "open" and not self.lease_required:
+            raise ValueError("a head that is not open needs a lease")
+        if self.format == 1 and (self.lease_required or self.plan.fold != "none" or self.plan.kv != "plain"):
+            raise ValueError("format 1 has neither leases nor a fold")
         return self
 
     def sealed_files(self) -> dict[str, tuple[SealedTensor, ...]]:

@@ -220,6 +220,9 @@ class BundleWriter:
         return tuple(named)
 
     def _name_open_shards(self) -> None:
+        if not self._open:  # all is sealed; without a file of weights, the folder is no model to other tools
+            save_file({}, self._partial / _pending_open(0), metadata={"format": "pt"})
+            self._open.append({})
         count = len(self._open)
         if count == 1:
             (self._partial / _pending_open(0)).rename(self._partial / "model.safetensors")

@@ -86,12 +86,14 @@ def _build(provision: "Provision", sealing_key: SecretBytes) -> "tuple[Server, M
     from semiopen.bundle.lease import verify_lease
     from semiopen.bundle.primitives import derive_use_key
     from semiopen.bundle.reader import bundle_key_of, load_sealed, read_files
+    from semiopen.enclave.attention_order import AttentionOrder
     from semiopen.enclave.head import SealedHead, read_shuffle
     from semiopen.enclave.meter_file import MeterFile
     from semiopen.enclave.prefix import Prefix
     from semiopen.enclave.server import Server, limits_for, welcome_for
     from semiopen.enclave.trusted_state import Meter
     from semiopen.errors import LeaseError
+    from semiopen.model.families import attention_size
     from semiopen.model.sealed_tensors import split_sealed
     from semiopen.model.split import check_supported, config_from_dict
 
@@ -123,9 +125,13 @@ def _build(provision: "Provision", sealing_key: SecretBytes) -> "tuple[Server, M
         words = read_shuffle(tensors.shuffle, config.vocab_size)
     del bundle_key
     prefix = Prefix(config, tensors.prefix, dtype)
-    limits = limits_for(prefix, provision.max_kv_tokens, manifest.plan.head)
+    order = None
+    if manifest.plan.kv == "enclave":
+        open_blocks = manifest.num_layers - manifest.plan.prefix
+        order = AttentionOrder(tensors.unmix, open_blocks, attention_size(config))
+    limits = limits_for(prefix, provision.max_kv_tokens, manifest.plan.head, order)
     welcome = welcome_for(prefix, limits, KIND, bundle.digest, manifest.plan.prefix, meter)
-    return Server(prefix, limits, welcome, meter, head, words), meter_file
+    return Server(prefix, limits, welcome, meter, head, words, order), meter_file
 
 
 def _answer_start(descriptor: int, answer: "Ready | Failed") -> None:

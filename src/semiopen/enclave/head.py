@@ -39,7 +39,8 @@ class SealedHead:
             dtype: dtype to compute in; logits are fp32 afterwards.
             secret: 32 bytes that random numbers come from, beside a request's seed. Who knew them could choose what
                 is drawn, and read off logits by bisection.
-            gradients: keep the projection in a form that has gradients, which costs speed.
+            gradients: keep the projection in a form that has gradients, which costs speed. Training an adapter needs
+                them; nothing else does.
 
         Raises:
             BundleError: the tensors are not exactly those that the config needs.
@@ -49,6 +50,7 @@ class SealedHead:
         self.vocab_size: int = config.vocab_size
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
         self._secret = secret
+        self.gradients = gradients
         own = cut_layers(config, 0, 0)
         own.tie_word_embeddings = False
         model, info = model_class.from_pretrained(  # type: ignore[misc]

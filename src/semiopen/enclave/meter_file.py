@@ -8,11 +8,13 @@ The number written runs ahead of the use, so that a kill never leaves too small 
 lost to the customer then.
 """
 
+import errno
 import fcntl
 import hashlib
 import hmac
 import json
 import os
+import stat
 from pathlib import Path
 
 from semiopen.bundle.lease import Lease
@@ -42,18 +44,28 @@ class MeterFile:
         self._limit = lease.tokens
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise LeaseError(f"The lease's meter {path} cannot be used ({error.strerror}); give another.") from None
+        try:
+            self.used: tuple[int, int] = self._take(path)
+        except LeaseError:
+            os.close(self._descriptor)  # and its lock with it
+            raise
+
+    def _take(self, path: Path) -> tuple[int, int]:
+        """Lock the file, and read what is counted there."""
+        try:
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):  # a device takes any number, and keeps none
+                raise LeaseError(f"The lease's meter {path} is not a file; give another.")
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             line = os.pread(self._descriptor, _LINE_BYTES + 1, 0)
+            used = self._parse(line, path) if line else (0, 0)
+            self._write(used)
         except BlockingIOError:
             raise LeaseError(f"Another enclave uses this lease now ({path}); stop it first.") from None
         except OSError as error:
             raise LeaseError(f"The lease's meter {path} cannot be used ({error.strerror}); give another.") from None
-        self.used: tuple[int, int] = self._parse(line, path) if line else (0, 0)
-        self._written = self.used
-        try:
-            self._write(self.used)
-        except OSError as error:
-            raise LeaseError(f"The lease's meter {path} cannot be written ({error.strerror}).") from None
+        return used
 
     def save(self, tokens: int, answers: int) -> None:
         """Note the use so far.
@@ -77,7 +89,7 @@ class MeterFile:
         document = {"lease": self._lease, "tokens": used[0], "answers": used[1], "mac": self._mac(used)}
         line = json.dumps(document).encode().ljust(_LINE_BYTES - 1) + b"\n"
         if os.pwrite(self._descriptor, line, 0) != len(line):
-            raise OSError("the disk is full")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._written = used
 
     def _parse(self, line: bytes, path: Path) -> tuple[int, int]:
@@ -93,7 +105,10 @@ class MeterFile:
         except (ValueError, KeyError, TypeError, RecursionError):
             used, good = (0, 0), False
         if not good:
-            raise LeaseError(f"{path} is not this lease's meter, or was changed; restore it, or ask for another lease.")
+            raise LeaseError(
+                f"{path} is not this lease's meter, or was changed; keep each lease under a name of its own, or "
+                "restore the meter."
+            )
         return used
 
     def _mac(self, used: tuple[int, int]) -> str:

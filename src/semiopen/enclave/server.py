@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel
 
+from semiopen.enclave.attention_order import AttentionOrder
 from semiopen.enclave.head import SealedHead, mask_to_top
 from semiopen.enclave.prefix import Prefix
 from semiopen.enclave.trusted_state import (
@@ -30,6 +31,7 @@ from semiopen.enclave.trusted_state import (
     check_open,
     check_rows,
     check_step,
+    check_unmix,
     check_words,
 )
 from semiopen.errors import ProtocolError
@@ -56,6 +58,8 @@ from semiopen.protocol.messages import (
     StatusIs,
     Step,
     Stepped,
+    Unmix,
+    Unmixed,
     Welcome,
     dump,
     parse,
@@ -115,11 +119,13 @@ class Server:
         meter: Meter,
         head: SealedHead | None = None,
         words: np.ndarray | None = None,
+        order: AttentionOrder | None = None,
     ) -> None:
-        """Prepare to serve; `words` [V] are the true numbers of a shuffled head's words."""
+        """Prepare to serve; `words` [V] are the true numbers of a shuffled head's words, `order` is of attention."""
         self._prefix = prefix
         self._head = head
         self._words = words
+        self._order = order
         self._meter = meter
         self._limits = limits
         self.welcome = welcome
@@ -151,6 +157,7 @@ class Server:
             rows=rows,
             logit_rows=logit_rows,
             history=8 if rows else 0,
+            attention_rows=1 if self._order else 0,
         )
         self._answer(client, dump(request))
         session = client.session
@@ -163,11 +170,15 @@ class Server:
             self._answer(client, dump(Step(tokens=new, sequences=1, width=2, copies=1, score_cap=True)))
         if rows:
             self._rehearse_head(client, session)
+        for back in (False, True) if self._order else ():
+            if isinstance(self.handle(client, dump(Unmix(block=0, rows=1, back=back)), []), Failed):
+                raise RuntimeError("attention cannot be put in order")
         self._meter = meter
         for payload in (
             dump(Hello()),
             dump(Status()),
             dump(Reveal(count=1)),
+            dump(Unmix(block=self._limits.mixed_blocks, rows=1)),
             dump(Step(tokens=2, sequences=1, width=1, copies=0, score_cap=True)),  # refused: its arrays hold one
             b"{",
         ):
@@ -189,7 +200,7 @@ class Server:
         for payload in (
             dump(Choose(rows=2, order="transformers", logits=True)),
             dump(Score(rows=2)),
-            *([dump(Backward(rows=2))] if self._gradients else []),
+            *([dump(Backward(rows=2))] if self._head.gradients else []),
         ):
             reply = self.handle(client, payload, [])
             if isinstance(reply, Failed):
@@ -300,6 +311,8 @@ class Server:
                 return self._backward(client, request)
             case Reveal() as request:
                 return self._reveal(client, request)
+            case Unmix() as request:
+                return self._unmix(client, request)
 
     def _status(self) -> StatusIs:
         sessions = [client.session for client in self._clients if client.session]
@@ -331,6 +344,8 @@ class Server:
             rows=request.rows,
             logit_rows=request.logit_rows,
             history=request.history,
+            attention_rows=request.attention_rows,
+            attention_size=self._limits.attention_size,
         )
         try:
             descriptors.append(create_shared_memory(layout))
@@ -349,10 +364,10 @@ class Server:
     def _step(self, client: Client, request: Step) -> Stepped:
         session = _session(client)
         step = check_step(request, session.arrays, session.layout, self._limits, session.blocks)
+        self._meter.charge(tokens=request.tokens)  # before the ledger: what the lease refuses leaves no trace there
         session.ledger.admit(step)
         started = time.perf_counter_ns()
         try:
-            self._meter.charge(tokens=request.tokens)
             with torch.inference_mode():
                 session.arrays.hidden[: request.tokens] = self._prefix.run(step, session.cache)
         except NoCacheMemory:
@@ -394,7 +409,7 @@ class Server:
 
     def _backward(self, client: Client, request: Backward) -> Gradients:
         session, head = _session(client), self._sealed_head()
-        self._meter.need(self._gradients, "gradients through the sealed head")
+        self._meter.need(self._meter.rights.tune and head.gradients, "gradients through the sealed head")
         states = self._logit_rows(session, request.rows)
         above = session.arrays.logits[: request.rows].clone()
         self._meter.charge(answers=request.rows)
@@ -413,10 +428,13 @@ class Server:
         session.arrays.chosen[: request.count] = self._words[words]
         return Revealed(count=request.count)
 
-    @property
-    def _gradients(self) -> bool:
-        """Whether gradients may go through the sealed head. Training an adapter needs them; nobody else does."""
-        return self._meter.lease is not None and self._meter.rights.tune
+    def _unmix(self, client: Client, request: Unmix) -> Unmixed:
+        session = _session(client)
+        check_unmix(request, session.layout, self._limits)
+        assert self._order is not None, "the limits have its blocks"
+        with torch.inference_mode():
+            self._order.put(session.arrays.attention[: request.rows], request.block, request.back)
+        return Unmixed(rows=request.rows)
 
     def _sealed_head(self) -> SealedHead:
         if self._head is None:
@@ -459,8 +477,8 @@ def place_of(error: BaseException) -> str:
     return f"The enclave met an internal error ({type(error).__name__} at {Path(frame.filename).name}:{frame.lineno})."
 
 
-def limits_for(prefix: Prefix, max_kv_tokens: int, head: Head) -> Limits:
-    """The limits that an enclave with this prefix grants."""
+def limits_for(prefix: Prefix, max_kv_tokens: int, head: Head, order: AttentionOrder | None = None) -> Limits:
+    """The limits that an enclave with this prefix, head and order of attention grants."""
     return Limits(
         max_kv_tokens=max_kv_tokens,
         max_step_tokens=8192,
@@ -473,6 +491,8 @@ def limits_for(prefix: Prefix, max_kv_tokens: int, head: Head) -> Limits:
         max_rows=512,
         max_logits=1 << 26,
         max_history=1 << 22,
+        mixed_blocks=order.blocks if order else 0,
+        attention_size=order.size if order else 0,
     )
 
 
@@ -497,4 +517,6 @@ def welcome_for(prefix: Prefix, limits: Limits, kind: str, digest: str, blocks: 
         max_sequences=limits.max_sequences,
         max_rows=limits.max_rows,
         max_logits=limits.max_logits,
+        mixed_blocks=limits.mixed_blocks,
+        attention_size=limits.attention_size,
     )

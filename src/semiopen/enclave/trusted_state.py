@@ -19,7 +19,7 @@ from semiopen.errors import LeaseError
 from semiopen.model.packed_step import WHOLE, PackedStep, slots_of
 from semiopen.model.plan import Head
 from semiopen.protocol.channel import SETTINGS, Layout, SharedArrays
-from semiopen.protocol.messages import Choose, FailureCode, Open, Step
+from semiopen.protocol.messages import Choose, FailureCode, Open, Step, Unmix
 
 _FEW_SLOTS = 1 << 16  # of which looking at some twice costs less than finding out which
 
@@ -51,6 +51,8 @@ class Limits:
     max_rows: int
     max_logits: int  # numbers in a session's region of logits
     max_history: int
+    mixed_blocks: int = 0  # open blocks whose attention is put in order here
+    attention_size: int = 0
 
 
 class CheckedStep(PackedStep):
@@ -86,6 +88,13 @@ def check_open(request: Open, limits: Limits, open_sessions: int, kv_tokens_in_u
             f"A request to the head may hold at most {limits.max_rows} rows, of which "
             f"{limits.max_logits // limits.vocab_size} with logits; ask for less.",
         )
+    if request.attention_rows > (limits.max_step_tokens if limits.mixed_blocks else 0):
+        raise Refused(
+            "limit",
+            f"Attention may pass {limits.max_step_tokens} rows at a time; ask for less."
+            if limits.mixed_blocks
+            else "No attention of this bundle passes the enclave; open the session without rows for it.",
+        )
     if request.history > limits.max_history:
         raise Refused("limit", f"A session's history may hold at most {limits.max_history} tokens; ask for less.")
 
@@ -103,7 +112,7 @@ class Meter:
         used: tuple[int, int] = (0, 0),
         save: Callable[[int, int], None] = lambda prefix, head: None,
         wall: Callable[[], float] = time.time,
-        steady: Callable[[], float] = time.monotonic,
+        steady: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
     ) -> None:
         """Begin to count.
 
@@ -113,7 +122,7 @@ class Meter:
             save: called with both before anything is done for them.
             wall: seconds since 1970. The host may set it, so that it is believed only where it is later than `steady`
                 makes it.
-            steady: seconds of a clock that nobody sets.
+            steady: seconds of a clock that nobody sets, and that goes on while the machine sleeps.
         """
         self.lease = lease
         self.rights: Rights = lease.rights if lease else EVERYTHING
@@ -121,7 +130,7 @@ class Meter:
         self._save = save
         self._wall, self._steady = wall, steady
         self._began = wall(), steady()
-        self._allowance = float(lease.rate) if lease and lease.rate else math.inf
+        self._allowances = [float(lease.rate)] * 2 if lease and lease.rate else [math.inf] * 2  # counted as `_used` is
         self._filled = steady()
 
     @property
@@ -158,12 +167,13 @@ class Meter:
                 f"The lease has {lease.tokens - self.used} of {lease.tokens} tokens left and this needs more; ask the "
                 "vendor for another lease.",
             )
-        self._check_rate(lease, max(tokens, answers))
+        self._check_rate(lease)
         try:
             self._save(*after)
         except OSError:
             raise Refused("lease", "The use of the lease cannot be written down; see to its meter's disk.") from None
         self._used[:] = after
+        self._allowances = [left - count for left, count in zip(self._allowances, (tokens, answers), strict=True)]
 
     def need(self, allowed: bool, right: str) -> None:
         """Refuse (`lease`) what is not `allowed`; `right` names it."""
@@ -178,17 +188,18 @@ class Meter:
         except LeaseError as error:
             raise Refused("lease", str(error)) from None
 
-    def _check_rate(self, lease: Lease, tokens: int) -> None:
+    def _check_rate(self, lease: Lease) -> None:
         """A minute's tokens may go at once; what is over that is owed, and waited for before the next request."""
         if lease.rate is None:
             return
         now = self._steady()
-        self._allowance = min(float(lease.rate), self._allowance + (now - self._filled) * lease.rate / 60)
+        gained = (now - self._filled) * lease.rate / 60
+        self._allowances = [min(float(lease.rate), left + gained) for left in self._allowances]
         self._filled = now
-        if self._allowance <= 0:
-            wait = math.ceil(-self._allowance * 60 / lease.rate) + 1
+        least = min(self._allowances)
+        if least <= 0:
+            wait = math.ceil(-least * 60 / lease.rate) + 1
             raise Refused("lease", f"The lease allows {lease.rate} tokens a minute; try again in {wait} seconds.")
-        self._allowance -= tokens
 
 
 class SlotLedger:
@@ -419,10 +430,11 @@ def check_choice(request: Choose, arrays: SharedArrays, layout: Layout, limits: 
     states = check_rows(arrays, layout, request.rows)
     if request.logits and request.rows > layout.logit_rows:
         raise Refused("shape", "The request asks for more rows of logits than the session was opened for; split it.")
-    settings = arrays.settings[: request.rows].astype(np.float64)
+    with np.errstate(invalid="ignore"):  # some NaN make numpy warn
+        settings = arrays.settings[: request.rows].astype(np.float64)
     choices = arrays.choices[: request.rows].astype(np.int64)
     at = arrays.history_at[: request.rows].astype(np.int64)
-    low, high = np.array(_RANGES).T
+    low, high = np.array(_RANGES, dtype=np.float32).T  # as the host sends them: 0.01 is a little less there
     if not (np.isfinite(settings) & (settings >= low) & (settings <= high)).all():
         allowed = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in zip(SETTINGS, _RANGES, strict=True))
         raise Refused("shape", f"A setting of the choice is out of range: {allowed}.")
@@ -456,6 +468,23 @@ def check_words(arrays: SharedArrays, layout: Layout, limits: Limits, count: int
     if _is_outside(words, limits.vocab_size):
         raise Refused("token", f"A word is outside the vocabulary of {limits.vocab_size}.")
     return words
+
+
+def check_unmix(request: Unmix, layout: Layout, limits: Limits) -> None:
+    """Decide whether attention may be put in order.
+
+    What lies there is not looked at, nor copied before: it is only moved, by an order that is not the host's, so that
+    whatever it is, or becomes in the meantime, reaches nothing but the same rows.
+
+    Raises:
+        Refused: `order` or `shape`.
+    """
+    if not limits.mixed_blocks:
+        raise Refused("order", "No attention of this bundle passes the enclave; go on without.")
+    if request.block >= limits.mixed_blocks:
+        raise Refused("shape", f"This bundle has {limits.mixed_blocks} open blocks; number them from 0.")
+    if request.rows > layout.attention_rows:
+        raise Refused("shape", "The request has more rows than the session was opened for; split it.")
 
 
 # Of temperature, top_p, min_p, and the penalties: repetition, presence, frequency.

@@ -35,6 +35,8 @@ from semiopen.protocol.messages import (
     StatusIs,
     Step,
     Stepped,
+    Unmix,
+    Unmixed,
     Welcome,
     dump,
     parse,
@@ -135,6 +137,7 @@ class EnclaveClient:
         rows = 0 if welcome.head == "open" else min(max(sequences, _ROWS), welcome.max_rows)
         logit_rows = min(rows, welcome.max_logits // welcome.vocab_size) if welcome.head == "sealed" else 0
         history = min(max(welcome.context, _HISTORY), 1 << 22) if welcome.head == "sealed" else 0
+        attention_rows = min(step_tokens, welcome.max_step_tokens) if welcome.mixed_blocks else 0
         layout = Layout(
             step_tokens=step_tokens,
             sequences=sequences,
@@ -148,6 +151,8 @@ class EnclaveClient:
             rows=rows,
             logit_rows=logit_rows,
             history=history,
+            attention_rows=attention_rows,
+            attention_size=welcome.attention_size,
         )
         request = Open(
             blocks=blocks,
@@ -158,6 +163,7 @@ class EnclaveClient:
             rows=rows,
             logit_rows=logit_rows,
             history=history,
+            attention_rows=attention_rows,
         )
         opened = self._ask(request, Opened)
         if opened.nbytes != layout.nbytes():
@@ -286,6 +292,21 @@ class EnclaveClient:
                 self._exchange(Reveal(count=len(part)), Revealed)
                 found.append(arrays.chosen[: len(part)].astype(np.int64))
         return np.concatenate(found)
+
+    def unmix(self, block: int, attention: torch.Tensor, back: bool = False) -> torch.Tensor:
+        """Attention [R, A] of an open block in its true order, on the CPU; with `back` the other way round.
+
+        Raises:
+            EnclaveError: the enclave refuses, or is gone.
+        """
+        parts = []
+        for part in attention.split(self.layout.attention_rows):
+            with self._lock:
+                arrays = self._need_arrays()
+                arrays.attention[: len(part)] = part.to("cpu")
+                self._exchange(Unmix(block=block, rows=len(part), back=back), Unmixed)
+                parts.append(arrays.attention[: len(part)].clone())
+        return torch.cat(parts)
 
     def _need_arrays(self) -> SharedArrays:
         assert self._arrays is not None, "open a session first"

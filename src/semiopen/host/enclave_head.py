@@ -6,8 +6,9 @@ the model says that the chosen token is certain, so that transformers' own loop 
 Legend: B rows, S tokens, R rows of a request, H hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ class EnclaveHead(nn.Module):
         self._embedding = [embedding]  # in a list, or it would be a child module twice
         self._vocab_size = vocab_size
         self.generating: Generating | None = None
-        self.gives_states = False  # for an engine that asks the enclave itself
+        # For an engine that asks the enclave itself: states come out, or logits in the order of a shuffled head.
+        self.gives_states = False
 
     @property
     def client(self) -> EnclaveClient:
@@ -88,8 +90,9 @@ class EnclaveHead(nn.Module):
 class ShuffledHead(EnclaveHead):
     """A projection whose words are in an order that only the enclave knows."""
 
-    def __init__(self, embedding: EnclaveEmbedding, vocab_size: int, projection: nn.Module) -> None:
+    def __init__(self, embedding: EnclaveEmbedding, vocab_size: int, projection: nn.Module, cap: float | None) -> None:
         super().__init__(embedding, vocab_size)
+        self._cap = cap  # on logits, which the model applies to what leaves here; tokens are chosen before that
         # Its parameters are this module's own, so that checkpoints find them under their names.
         self.weight = cast(nn.Parameter, projection.weight)
         self.bias = cast(nn.Parameter | None, projection.bias)
@@ -98,9 +101,11 @@ class ShuffledHead(EnclaveHead):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """States [B, S, H] -> logits [B, S, V] in the true order; see `EnclaveHead.forward`."""
         if self.gives_states:
-            return states
+            return F.linear(states, self.weight, self.bias)
         if self.generating is not None:
             shuffled = F.linear(states[:, -1], self.weight, self.bias).float()
+            if self._cap is not None:
+                shuffled = self._cap * torch.tanh(shuffled / self._cap)
             return self._certain(self._choose_here(shuffled, self.generating), states.device)
         if not self.gives_logits:
             raise EnclaveError(
@@ -115,7 +120,7 @@ class ShuffledHead(EnclaveHead):
         """The shuffled number [V] of each true word.
 
         Raises:
-            EnclaveError: `lease`: only with the right to all logits.
+            EnclaveError: `lease`: without the right to all logits each word counts, and there are not enough left.
         """
         if self._order is None:
             true = torch.from_numpy(self.client.reveal(np.arange(self._vocab_size)))
@@ -123,10 +128,23 @@ class ShuffledHead(EnclaveHead):
         return self._order
 
     def _choose_here(self, logits: torch.Tensor, generating: Generating) -> np.ndarray:
-        rows = _settle(generating)
-        numbers = [_number(row) for row in rows]
-        words = draw(logits, [_Cut(row) for row in rows], numbers).cpu().numpy()
+        words = draw_words(logits, _settle(generating), "transformers")
         return _note(generating, self.client.reveal(words))
+
+
+def draw_words(logits: torch.Tensor, rows: Sequence[RowChoice], order: Literal["vllm", "transformers"]) -> np.ndarray:
+    """Draw among shuffled words, on this side.
+
+    Args:
+        logits: [R, V] fp32, in the order of the shuffled head.
+        rows: R settings; penalties are not applied.
+        order: of the filters; see `model.sampling.Cuts`.
+
+    Returns:
+        Numbers [R] int64 of shuffled words.
+    """
+    cuts = [_Cut(row, order == "transformers") for row in rows]
+    return draw(logits, cuts, [_number(row) for row in rows]).cpu().numpy()
 
 
 class _Logits(torch.autograd.Function):
@@ -147,9 +165,8 @@ class _Logits(torch.autograd.Function):
 class _Cut:
     """A row's settings as `draw` wants them."""
 
-    min_p_last = True
-
-    def __init__(self, row: RowChoice) -> None:
+    def __init__(self, row: RowChoice, min_p_last: bool) -> None:
+        self.min_p_last = min_p_last
         self.temperature, self.top_p, self.top_k, self.min_p = row.temperature, row.top_p, row.top_k, row.min_p
 
 
@@ -171,5 +188,5 @@ def _note(generating: Generating, tokens: np.ndarray) -> np.ndarray:
 
 
 def _number(row: RowChoice) -> float:
-    generator = np.random.Generator(np.random.Philox(key=row.seed, counter=row.place))
+    generator = np.random.Generator(np.random.Philox(key=row.seed % (1 << 64), counter=row.place))
     return float(generator.random())

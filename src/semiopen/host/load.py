@@ -31,6 +31,7 @@ def load(
     kv_tokens: int = DEFAULT_KV_TOKENS,
     threads: int = 0,
     lease: str | Path | None = None,
+    rekey_kv: bool = False,
     **kwargs: Any,
 ) -> "PreTrainedModel":
     """Open a bundle as a transformers model whose embedding is the enclave.
@@ -46,6 +47,8 @@ def load(
         threads: CPU threads of a dev enclave started here; 0 for torch's choice.
         lease: file of the vendor's lease, for bundles that need one, where the enclave is started here. Its use is
             counted in LEASE.used.
+        rekey_kv: draw a fresh basis of the KV cache, on the weights in memory (docs/kv.md). It helps only against who
+            sees one dump of the cache and not the weights. Adapters of this bundle do not fit then.
         kwargs: for transformers' `from_pretrained`, such as `device_map` or `attn_implementation`.
 
     Returns:
@@ -57,6 +60,7 @@ def load(
         EnclaveError: no enclave, or it refuses.
         KeyFolderError: the keys are not usable.
         LeaseError: the lease cannot be read.
+        UnsupportedCallError: `rekey_kv`, and the bundle is one of `kv: enclave`.
     """
     folder = Path(bundle)
     check_is_bundle(folder)
@@ -93,5 +97,9 @@ def load(
             cleanup.callback(client.close)
             verified = read_files(folder, trusted_key or client.welcome.bundle_digest)
             model = build(folder, dtype, kwargs)
+        if rekey_kv:
+            from semiopen.host.kv_keys import rekey
+
+            rekey(model)
         attach(model, client, verified, kv_tokens, cleanup.pop_all().close)
     return model

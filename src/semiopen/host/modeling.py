@@ -19,9 +19,10 @@ from semiopen.host.cache import FollowsEnclave, follow
 from semiopen.host.embedding import EnclaveEmbedding, EnclaveSession
 from semiopen.host.enclave_head import EnclaveHead, Generating, ShuffledHead
 from semiopen.host.sequences import Rows
+from semiopen.host.unmixing import Unmixer
 from semiopen.model.families import FAMILIES
 from semiopen.model.parts import NoPositions
-from semiopen.model.split import HEAD_SETTING
+from semiopen.model.split import HEAD_SETTING, KV_SETTING
 
 
 class SemiopenModel:
@@ -42,11 +43,27 @@ class SemiopenModel:
             self.set_output_embeddings(EnclaveHead(self.enclave, config.vocab_size))  # type: ignore[attr-defined]
         elif head == "shuffled":
             projection = cast(nn.Module, self.get_output_embeddings())  # type: ignore[attr-defined]
+            cap = getattr(config, "final_logit_softcapping", None)
             self.set_output_embeddings(  # type: ignore[attr-defined]
-                ShuffledHead(self.enclave, config.vocab_size, projection)
+                ShuffledHead(self.enclave, config.vocab_size, projection, cap)
             )
+        self.unmixer = None  # where attention passes through the enclave
+        if getattr(config, KV_SETTING, "plain") == "enclave":
+            self.unmixer = Unmixer(self.enclave, cast(nn.ModuleList, getattr(decoder, family.layers)))
         signature = inspect.signature(decoder.forward)
         decoder.register_forward_pre_hook(functools.partial(_run_prefix, signature), with_kwargs=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the open blocks; where all is sealed, of what the model was opened in."""
+        found = (value.dtype for value in self.parameters() if value.is_floating_point())  # type: ignore[attr-defined]
+        return next(found, self.config.dtype)  # type: ignore[attr-defined]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the open blocks; where all is sealed, the CPU."""
+        found = (value.device for value in self.parameters())  # type: ignore[attr-defined]
+        return next(found, torch.device("cpu"))
 
     @property
     def enclave(self) -> EnclaveEmbedding:
@@ -169,7 +186,10 @@ def _run_prefix(
     tokens = _tokens(call.get("attention_mask"), input_ids, rows)
     _check_positions(call.get("position_ids"), tokens, rows, bool(FAMILIES[decoder.config.model_type].positions))
     agree_on_score_cap(embedding.session, decoder)
-    call["inputs_embeds"] = embedding(input_ids, tokens, rows).to(decoder.dtype)
+    states = embedding(input_ids, tokens, rows)
+    if next(decoder.parameters(), None) is not None:  # else all is sealed
+        states = states.to(decoder.dtype)
+    call["inputs_embeds"] = states
     call["past_key_values"] = cache
     call["use_cache"] = use_cache
     return (), call

@@ -43,6 +43,8 @@ _NEEDS_LOGITS: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
     "prefill_chunk_size": (None,),
     "remove_invalid_values": (None, False),
+    "token_healing": (None, False),
+    "use_mtp": (None, False),
 }
 _ARGUMENTS = (
     "logits_processor",

@@ -4,8 +4,8 @@ Bits come from SHAKE-256, a fixed function, because numpy and torch promise no s
 
     SHAKE-256("semiopen fold v1" || secret, 32 bytes || label, UTF-8)    read as 64-bit integers, little endian
 
-One label, one draw. Permutations, signs and scales follow from the bits alone. A rotation also takes logarithms and a
-QR decomposition in float64, so another machine may differ in its last digits (about 1e-14).
+One label, one draw. Permutations, signs and scales follow from the bits alone. A rotation, or a matrix of two, also takes
+logarithms and a QR decomposition in float64, so another machine may differ in its last digits (about 1e-14).
 """
 
 import hashlib
@@ -51,10 +51,21 @@ def scales(secret: bytes, label: str, count: int) -> Floats:
     return signs(secret, label, count) * np.exp2(exponents)
 
 
+def uniform(secret: bytes, label: str, count: int) -> Floats:
+    """Numbers from 0 to 1, without 1, float64 [count]."""
+    return (bits(secret, label, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def rotation(secret: bytes, label: str, count: int) -> Floats:
     """An orthogonal matrix, float64 [count, count], uniform over all of them."""
-    uniform = (bits(secret, label, 2 * count * count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    radius, angle = uniform[: count * count], uniform[count * count :]
+    numbers = uniform(secret, label, 2 * count * count)
+    radius, angle = numbers[: count * count], numbers[count * count :]
     normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)  # Box and Muller; 1 - radius is never 0
     factor, triangle = np.linalg.qr(normal.reshape(count, count))
     return factor * np.sign(np.diagonal(triangle))  # without this, QR's own convention would favour some
+
+
+def invertible(secret: bytes, label: str, count: int) -> Floats:
+    """A matrix, float64 [count, count], that stretches by 1/2 to 2, so that it and its inverse round alike."""
+    stretch = np.exp2(2 * uniform(secret, f"{label} stretch", count) - 1)
+    return (rotation(secret, f"{label} left", count) * stretch) @ rotation(secret, f"{label} right", count)

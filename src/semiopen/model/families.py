@@ -61,3 +61,13 @@ def attention_windows(config: "PreTrainedConfig") -> list[int]:
     window = getattr(config, "sliding_window", None) or WHOLE
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * count
     return [window if kind == "sliding_attention" else WHOLE for kind in kinds[:count]]
+
+
+def attention_size(config: "PreTrainedConfig") -> int:
+    """Numbers of a token's attention, as the output projection reads it: query heads times their size."""
+    return config.num_attention_heads * head_size(config)
+
+
+def head_size(config: "PreTrainedConfig") -> int:
+    """Numbers of a head's query, key or value."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -8,17 +8,23 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Head = Literal["open", "shuffled", "sealed"]
 Fold = Literal["none", "keyed"]
+Kv = Literal["plain", "folded", "enclave"]
 
 
 class Plan(BaseModel):
-    """Placement of one model's parts. `kv` and `offload` accept the one value implemented."""
+    """Placement of one model's parts. `offload` accepts the one value implemented."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     prefix: int = Field(ge=0, description="sealed decoder blocks, counted from the bottom; 0 seals the embedding alone")
-    head: Head = Field(default="open", description="who holds norm, projection and sampling; shuffled: the order of the words")
+    head: Head = Field(
+        default="open", description="who holds norm, projection and sampling; shuffled: the order of the words"
+    )
     fold: Fold = Field(default="none", description="keyed: all weights are stored in a secret basis of this customer")
-    kv: Literal["plain"] = "plain"
+    kv: Kv = Field(
+        default="plain",
+        description="folded: keys and values are cached in a secret basis; enclave: attention passes through it too",
+    )
     offload: Literal["none"] = "none"
 
 
@@ -29,6 +35,7 @@ def plan_for(
     measure: Callable[[], int] | None = None,
     head: Head | None = None,
     fold: Fold | None = None,
+    kv: Kv | None = None,
 ) -> Plan:
     """Resolve the command line's `--prefix` or `--preset` into a plan.
 
@@ -37,7 +44,7 @@ def plan_for(
         prefix: blocks to seal, 0..num_layers, or None.
         preset: a key of `PRESETS`, or None. With neither, `bottom`.
         measure: the planner: returns the prefix of `solid` and `recommended`. Called for those alone.
-        head, fold: instead of the preset's.
+        head, fold, kv: instead of the preset's.
 
     Raises:
         ValueError: both prefix and preset given, an unknown preset, one that measures without a planner, or a prefix
@@ -58,7 +65,7 @@ def plan_for(
         raise ValueError(
             f"Prefix {prefix} is out of range; this model has {num_layers} blocks, so give 0 to {num_layers}."
         )
-    return Plan(prefix=prefix, head=head or kind.head, fold=fold or kind.fold)
+    return Plan(prefix=prefix, head=head or kind.head, fold=fold or kind.fold, kv=kv or kind.kv)
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Preset:
     prefix: Callable[[int], int] | None
     head: Head = "open"
     fold: Fold = "none"
+    kv: Kv = "plain"
 
 
 PRESETS = {
@@ -76,5 +84,6 @@ PRESETS = {
     "whole": Preset(lambda num_layers: num_layers),
     "solid": Preset(None),
     "distillock": Preset(lambda num_layers: 0, head="shuffled", fold="keyed"),
+    "kv-shield": Preset(lambda num_layers: 0, kv="enclave"),
     "recommended": Preset(None, head="sealed", fold="keyed"),
 }

@@ -6,6 +6,7 @@ Legend: N rows, V vocabulary, K candidates.
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 _CANDIDATES = 1024  # likeliest tokens that are looked at before all of a large vocabulary is sorted
@@ -89,15 +90,31 @@ def _draw_from_likeliest(probabilities: torch.Tensor, settings: Sequence[Cuts], 
         if not bool(enough.all()):
             short = (~enough[:, 0]).nonzero()[:, 0]
             tokens = torch.empty(len(ids), dtype=ids.dtype, device=ids.device)
-            sorted_part, sorted_ids = probabilities[short].sort(dim=-1, descending=True, stable=True)
-            picked = _pick(_cut(sorted_part, min_p[short], top_k[short], top_p[short], last[short]), numbers[short])
-            tokens[short] = sorted_ids.gather(1, picked[:, None])[:, 0]
+            part = probabilities[short]
+            falling = _falling(part)
+            picked = _pick(_cut(falling, min_p[short], top_k[short], top_p[short], last[short]), numbers[short])
+            tokens[short] = _at_rank(part, falling, picked)
             rest = enough[:, 0].nonzero()[:, 0]
             picked = _pick(_cut(kept[rest], min_p[rest], top_k[rest], top_p[rest], last[rest]), numbers[rest])
             tokens[rest] = ids[rest].gather(1, picked[:, None])[:, 0]
             return tokens
     picked = _pick(_cut(kept, min_p, top_k, top_p, last), numbers)
     return ids.gather(1, picked[:, None])[:, 0]
+
+
+def _falling(values: torch.Tensor) -> torch.Tensor:
+    """Each row of values [N, V] in falling order. On a CPU numpy sorts several times as fast as torch."""
+    if values.device.type != "cpu":
+        return values.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(values.numpy(), axis=-1)).flip(-1)
+
+
+def _at_rank(values: torch.Tensor, falling: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+    """Where in values [N, V] those at ranks [N] of `falling` lie; of equal ones the first has the first rank."""
+    value = falling.gather(1, ranks[:, None])
+    above = (values > value).sum(dim=1)
+    nth = (values == value).cumsum(dim=1, dtype=torch.int32) == (ranks - above + 1)[:, None]
+    return nth.to(torch.uint8).argmax(dim=1)
 
 
 def _cut(

@@ -1,4 +1,4 @@
-"""Which of a bundle's sealed tensors belong to the prefix, to a sealed head, and to a shuffled one."""
+"""Which of a bundle's sealed tensors belong to the prefix, to a sealed head, to a shuffled one, and to attention."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,19 @@ from semiopen.model.families import FAMILIES
 from semiopen.model.split import causal_lm_class
 
 SHUFFLE_NAME = "semiopen.shuffle"  # of the true numbers [V] int32 of a shuffled head's words
+UNMIX_NAME = "semiopen.unmix"  # of the places [open blocks, N * d] int32 that put attention in order; see `KvFold`
 
 
 @dataclass(frozen=True)
 class SealedTensors:
-    """Tensors by checkpoint name; `shuffle` is empty without a shuffled head, `head` without a sealed one."""
+    """Tensors by checkpoint name; `shuffle` is empty without a shuffled head, `head` without a sealed one, `unmix`
+    [0, 0] without `kv: enclave`.
+    """
 
     prefix: dict[str, torch.Tensor]
     head: dict[str, torch.Tensor]
     shuffle: torch.Tensor
+    unmix: torch.Tensor
 
 
 def split_sealed(config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> SealedTensors:
@@ -32,6 +36,7 @@ def split_sealed(config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> 
     family = FAMILIES[config.model_type]
     base = f"{causal_lm_class(config).base_model_prefix}."
     shuffle = tensors.pop(SHUFFLE_NAME, torch.empty(0, dtype=torch.int32))
+    unmix = tensors.pop(UNMIX_NAME, torch.empty(0, 0, dtype=torch.int32))
     norms, heads = [], []
     for name in tensors:
         if name.removeprefix(base).startswith(f"{family.norm}."):
@@ -44,4 +49,4 @@ def split_sealed(config: PreTrainedConfig, tensors: dict[str, torch.Tensor]) -> 
         if embedding is None:
             raise BundleError("The sealed head has no projection; seal the model again.")
         head["lm_head.weight"] = tensors[embedding]
-    return SealedTensors(tensors, head, shuffle)
+    return SealedTensors(tensors, head, shuffle, unmix)

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from semiopen.errors import UnsupportedModelError
 from semiopen.model.families import FAMILIES, PER_LAYER_LISTS, Family
-from semiopen.model.plan import Head
+from semiopen.model.plan import Head, Kv
 
 HEAD_SETTING = "semiopen_head"  # in the host's config: what its head is, `Head`
+KV_SETTING = "semiopen_kv"  # in the host's config: `enclave`, where attention passes through it
 
 
 class Part(Enum):
@@ -124,22 +125,25 @@ def _rope_types(config: PreTrainedConfig) -> set[str]:
     return {str(entry.get("rope_type", "default")) for entry in nested}
 
 
-def split_config(config: PreTrainedConfig, prefix: int, head: Head = "open") -> Split:
+def split_config(config: PreTrainedConfig, prefix: int, head: Head = "open", kv: Kv = "plain") -> Split:
     """Cut a full model's config after `prefix` blocks.
 
     Args:
         config: config of the whole model, as `AutoConfig.from_pretrained` gives it.
         prefix: blocks to seal, 0..num_hidden_layers.
         head: where the head goes.
+        kv: what the host's cache holds.
 
     Raises:
         UnsupportedModelError: see `check_supported`; or nothing would be sealed.
-        ValueError: prefix out of range.
+        ValueError: prefix out of range; or attention of open blocks shall pass the enclave, and there are none.
     """
     family = check_supported(config)
     num_layers = config.num_hidden_layers
     if not 0 <= prefix <= num_layers:
         raise ValueError(f"Prefix {prefix} is out of range; the model has {num_layers} blocks.")
+    if kv == "enclave" and prefix == num_layers:
+        raise ValueError("All blocks are sealed, so that no cache is outside; give --kv plain.")
     model_class = causal_lm_class(config)
     tied = bool(config.tie_word_embeddings)
     if tied and prefix == 0 and head == "open":
@@ -155,6 +159,8 @@ def split_config(config: PreTrainedConfig, prefix: int, head: Head = "open") -> 
         host.final_logit_softcapping = None  # the enclave's head caps
     if head != "open":
         setattr(host, HEAD_SETTING, head)
+    if kv == "enclave":
+        setattr(host, KV_SETTING, kv)
     for part in (host, prefix_config):
         part.architectures = [model_class.__name__]
     return Split(

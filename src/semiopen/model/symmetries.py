@@ -24,7 +24,7 @@ from semiopen.model.draws import Floats, Ints, permutation, rotation, scales, si
 from semiopen.model.sites import CONSTANTS, LAYOUTS, SITES, Axis, Site, Stream, describe, experts, kv_heads
 from semiopen.model.split import causal_lm_class, check_supported
 
-__all__ = ["TIED_HEAD_NAME", "Fold", "describe", "fold_tensors", "is_gain", "stream_axis"]
+__all__ = ["TIED_HEAD_NAME", "Fold", "describe", "fold_tensors", "head_order", "is_gain", "stream_axis"]
 
 _CHUNK_ELEMENTS = 1 << 22  # worked on in fp64 at a time: 32 MiB, so that a large embedding needs no copy of that size
 TIED_HEAD_NAME = "lm_head.weight"  # under which a tied model's head is stored once it is a matrix of its own
@@ -261,13 +261,8 @@ class Fold:
 
     def _heads(self, axis: Axis, block: int) -> Ints:
         config = self._config
-        groups = kv_heads(config)
-        each = config.num_attention_heads // groups
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        order = permutation(self._secret, f"groups {block}", groups)
-        if axis is Axis.QUERY:
-            inside = [permutation(self._secret, f"heads {block} {group}", each) for group in order]
-            order = np.concatenate([group * each + heads for group, heads in zip(order, inside, strict=True)])
+        order = head_order(config, self._secret, block, query=axis is Axis.QUERY)
         if axis is Axis.TRIPLES:  # as many keys as queries, so that moving a head as a whole is all
             width *= 3
         return (order[:, None] * width + np.arange(width)).reshape(-1)
@@ -286,6 +281,17 @@ class Fold:
     def _block(self, local: str) -> tuple[int, str] | None:
         match = re.fullmatch(rf"{self._family.layers}\.(\d+)\.(.+)", local)
         return (int(match[1]), match[2]) if match else None
+
+
+def head_order(config: PreTrainedConfig, secret: bytes, block: int, query: bool) -> Ints:
+    """A secret order of a block's key-value heads [G], or of its query heads [N], which follow those they share."""
+    groups = kv_heads(config)
+    each = config.num_attention_heads // groups
+    order = permutation(secret, f"groups {block}", groups)
+    if not query:
+        return order
+    inside = [permutation(secret, f"heads {block} {group}", each) for group in order]
+    return np.concatenate([group * each + heads for group, heads in zip(order, inside, strict=True)])
 
 
 def _stem(rest: str, kind: str) -> str:

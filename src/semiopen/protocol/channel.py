@@ -2,7 +2,8 @@
 
 Both sides compute the same layout from the numbers agreed in `Welcome` and `Open`. All integers are int32 in
 native byte order (one machine). Legend: T step tokens, S sequences, G block tables per sequence, W block-table
-columns, H hidden size; for a sealed head R rows, L rows with logits, V vocabulary, Q tokens of history.
+columns, H hidden size; for a sealed head R rows, L rows with logits, V vocabulary, Q tokens of history; for
+`kv: enclave` A rows of attention, N * d its size.
 
     token_ids    [T]        the tokens of all sequences, one after the other
     query_start  [S + 1]    where each sequence's tokens begin in token_ids; the last entry is their number
@@ -19,6 +20,8 @@ columns, H hidden size; for a sealed head R rows, L rows with logits, V vocabula
     chosen       [R]        the tokens; numbers of words for `Reveal`, in and out
     logits       [L, V]     fp32; gradients of them for `Backward`
 
+    attention    [A, N * d] attention of an open block for `Unmix`, in and out, in the enclave's dtype
+
 The enclave creates this memory and forbids resizing it, so that a host cannot make it fault by truncation.
 """
 
@@ -32,6 +35,7 @@ import numpy as np
 import torch
 
 SETTINGS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+_STATES = ("hidden", "states", "attention")  # in the enclave's dtype
 _ALIGN = 4096  # each region starts on a page of its own
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -56,6 +60,8 @@ class Layout:
     rows: int = 0
     logit_rows: int = 0
     history: int = 0
+    attention_rows: int = 0
+    attention_size: int = 0
 
     @property
     def tables(self) -> int:
@@ -83,6 +89,7 @@ class Layout:
             "history_at": (self.rows, 3),
             "chosen": (self.rows,),
             "logits": (self.logit_rows, self.vocab_size),
+            "attention": (self.attention_rows, self.attention_size),
         }
 
     def nbytes(self) -> int:
@@ -90,7 +97,7 @@ class Layout:
         return sum(_padded(prod(shape) * self._itemsize(name)) for name, shape in self.regions().items())
 
     def _itemsize(self, name: str) -> int:
-        return self.dtype.itemsize if name in ("hidden", "states") else 4
+        return self.dtype.itemsize if name in _STATES else 4
 
 
 def _padded(nbytes: int) -> int:
@@ -98,7 +105,7 @@ def _padded(nbytes: int) -> int:
 
 
 class SharedArrays:
-    """A mapping of a session's shared memory: numpy arrays, and torch tensors for states and logits."""
+    """A mapping of a session's shared memory: numpy arrays, and torch tensors for states, logits and attention."""
 
     def __init__(self, fd: int, layout: Layout) -> None:
         self.layout = layout
@@ -108,7 +115,7 @@ class SharedArrays:
         tensors: dict[str, torch.Tensor] = {}
         for name, shape in layout.regions().items():
             size = prod(shape)
-            dtype = {"hidden": layout.dtype, "states": layout.dtype, "logits": torch.float32}.get(name)
+            dtype = layout.dtype if name in _STATES else torch.float32 if name == "logits" else None
             if dtype is not None:
                 # An empty region has no place in the mapping.
                 flat = torch.frombuffer(self._map, dtype=dtype, count=size, offset=offset) if size else torch.empty(0)
@@ -119,6 +126,7 @@ class SharedArrays:
                 arrays[name] = flat_array.astype(kind, copy=False).reshape(shape)
             offset += _padded(size * layout._itemsize(name))
         self.hidden, self.states, self.logits = tensors["hidden"], tensors["states"], tensors["logits"]
+        self.attention = tensors["attention"]
         self.token_ids = arrays["token_ids"]
         self.query_start = arrays["query_start"]
         self.seq_lens = arrays["seq_lens"]

@@ -12,6 +12,7 @@ Tensors never travel here: they lie in the shared memory described by `channel`,
     Score     Scored      a sealed head: logits of the states
     Backward  Gradients   a sealed head: from gradients of the logits, those of the states
     Reveal    Revealed    a shuffled head: what the words that lie there are in truth
+    Unmix     Unmixed     kv: enclave: put attention of an open block, which lies there, in order
     Status    StatusIs    how busy are you
 
 A process that provides an enclave with its key sends `Provision` on the enclave's standard input, behind the
@@ -59,7 +60,8 @@ class Welcome(_Message):
     """What this enclave is and holds. `enclave` says in words what protects it.
 
     `lease` is None where the bundle needs none and none was given. `windows` are the
-    distinct attention windows of its blocks in rising order, 0 for blocks that see all tokens.
+    distinct attention windows of its blocks in rising order, 0 for blocks that see all tokens. `mixed_blocks` counts
+    the open blocks whose attention it puts in order, `attention_size` the numbers of that.
     """
 
     kind: Literal["welcome"] = "welcome"
@@ -80,6 +82,8 @@ class Welcome(_Message):
     max_sequences: Positive
     max_rows: Positive
     max_logits: Positive
+    mixed_blocks: Count = 0
+    attention_size: Count = 0
 
 
 class Open(_Message):
@@ -88,7 +92,7 @@ class Open(_Message):
     With `by_window` each sequence brings a block table for each of the enclave's `windows`, and a table for a
     sliding window need not keep blocks that have left it; that is how engines with a paged cache do it. Without,
     one table serves all blocks. `rows`, `logit_rows` and `history` are for a sealed head: states and logits of one
-    request, and earlier tokens of its rows in all.
+    request, and earlier tokens of its rows in all. `attention_rows` are those of one `Unmix`.
     """
 
     kind: Literal["open"] = "open"
@@ -100,6 +104,7 @@ class Open(_Message):
     rows: Count = 0
     logit_rows: Count = 0
     history: Count = 0
+    attention_rows: Count = 0
 
 
 class Opened(_Message):
@@ -196,6 +201,25 @@ class Revealed(_Message):
     count: Positive
 
 
+class Unmix(_Message):
+    """Ask for the attention of `rows` tokens of an open block, numbered from 0, to be put in order where it lies.
+
+    With `back` the other way round, which is what gradients need.
+    """
+
+    kind: Literal["unmix"] = "unmix"
+    block: Count
+    rows: Positive
+    back: bool = False
+
+
+class Unmixed(_Message):
+    """It is in order."""
+
+    kind: Literal["unmixed"] = "unmixed"
+    rows: Positive
+
+
 class Status(_Message):
     """Ask for counters. Needs no session."""
 
@@ -264,8 +288,8 @@ class Ready(_Message):
     kind: Literal["ready"] = "ready"
 
 
-AnyRequest = Hello | Open | Step | Choose | Score | Backward | Reveal | Status
-AnyReply = Welcome | Opened | Stepped | Chosen | Scored | Gradients | Revealed | StatusIs | Failed
+AnyRequest = Hello | Open | Step | Choose | Score | Backward | Reveal | Unmix | Status
+AnyReply = Welcome | Opened | Stepped | Chosen | Scored | Gradients | Revealed | Unmixed | StatusIs | Failed
 
 REQUEST: TypeAdapter[AnyRequest] = TypeAdapter(Annotated[AnyRequest, Field(discriminator="kind")])
 REPLY: TypeAdapter[AnyReply] = TypeAdapter(Annotated[AnyReply, Field(discriminator="kind")])

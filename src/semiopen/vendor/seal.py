@@ -1,6 +1,7 @@
 """Sealing: one pass over a checkpoint that writes a bundle, shard by shard."""
 
 import json
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from semiopen.bundle.keys import load_sealing_key, load_signing_key
 from semiopen.bundle.manifest import Manifest
+from semiopen.bundle.primitives import KEY_BYTES
 from semiopen.bundle.writer import BundleWriter
 from semiopen.errors import SemiopenError, UnsupportedModelError
 from semiopen.model.checkpoint import weight_files
+from semiopen.model.kv_symmetries import KvFold
 from semiopen.model.plan import PRESETS, Plan, plan_for
 from semiopen.model.plan import Fold as FoldKind
 from semiopen.model.plan import Head as HeadKind
-from semiopen.model.sealed_tensors import SHUFFLE_NAME
+from semiopen.model.plan import Kv as KvKind
+from semiopen.model.sealed_tensors import SHUFFLE_NAME, UNMIX_NAME
 from semiopen.model.split import Part, Split, check_supported, split_config
 from semiopen.model.symmetries import TIED_HEAD_NAME, Fold
 from semiopen.vendor.fold import check_customer, fold_checkpoint, fold_secret
@@ -55,11 +59,12 @@ def seal(
     fold: FoldKind | None = None,
     customer: str | None = None,
     require_lease: bool = False,
+    kv: KvKind | None = None,
 ) -> Manifest:
     """Seal a decoder model into a bundle.
 
     Peak memory is about one shard of the checkpoint plus the sealed part. Tensors keep their dtype, and, but for a
-    keyed fold, every bit.
+    keyed fold and a KV fold, every bit.
 
     A keyed bundle is recorded in the key folder under its customer, for `semiopen trace`. Neither the name nor the
     secret is in the bundle.
@@ -77,6 +82,7 @@ def seal(
         fold: "none" or "keyed", instead of the plan's.
         customer: for whom a keyed bundle is; their basis is drawn from this name and the sealing key.
         require_lease: no enclave shall open the bundle without a lease. Always so where the head is not open.
+        kv: "plain", "folded" or "enclave", instead of the plan's. Its key is fresh for each bundle and kept nowhere.
 
     Returns:
         The manifest that was written.
@@ -91,14 +97,17 @@ def seal(
         _check_customer(fold or PRESETS[preset or "bottom"].fold, customer)
     folder = find_model(model)
     config = read_config(folder)
-    chosen = _choose_plan(folder, config, prefix, preset, plan, texts, head, fold, progress)
+    chosen = _choose_plan(folder, config, prefix, preset, plan, texts, head, fold, kv, progress)
     _check_customer(chosen.fold, customer)
-    split = split_config(config, chosen.prefix, chosen.head)
+    split = split_config(config, chosen.prefix, chosen.head, chosen.kv)
     shards = weight_files(folder)
     report = progress or (lambda what, done, total: None)
     total = sum(shard.stat().st_size for shard in shards)
     secret = fold_secret(Path(keys), customer) if customer is not None else None
     folded = fold_checkpoint(config, shards, secret) if secret is not None else None
+    # Fresh, and not the customer's: nobody has to draw it again, and two bundles do not give each other away.
+    unmixed_from = chosen.prefix if chosen.kv == "enclave" else None
+    kv_fold = None if chosen.kv == "plain" else KvFold(config, secrets.token_bytes(KEY_BYTES), unmixed_from)
     sketch = Sketch(config, secret) if secret is not None else None
     if sketch is not None:
         make_registry(Path(keys) / REGISTRY_NAME)  # before the work, in case it cannot be
@@ -111,10 +120,13 @@ def seal(
         order = draw_order(config.vocab_size) if chosen.head == "shuffled" else None
         if order is not None:
             sealed[SHUFFLE_NAME] = order.to(torch.int32)
+        if kv_fold is not None and unmixed_from is not None:
+            unmix = [torch.from_numpy(kv_fold.unmix(block)) for block in range(unmixed_from, split.num_layers)]
+            sealed[UNMIX_NAME] = torch.stack(unmix).to(torch.int32)
         done = 0
         for shard in shards:
             opened = {}
-            for name, open_name, tensor in _stored(split, folded, shard):
+            for name, open_name, tensor in _stored(split, folded, kv_fold, shard):
                 if sketch is not None:
                     sketch.add(name, tensor)
                 if open_name is None:
@@ -171,6 +183,7 @@ def _choose_plan(
     texts: str | Path | None,
     head: HeadKind | None,
     fold: FoldKind | None,
+    kv: KvKind | None,
     progress: Progress | None,
 ) -> Plan:
     # Imported on use: the planner reads models with what is in this file, and needs the attacks.
@@ -183,7 +196,7 @@ def _choose_plan(
 
         document = read_plan(Path(plan))
         check_plan_fits(document, folder, config)
-        given = {name: value for name, value in (("head", head), ("fold", fold)) if value is not None}
+        given = {name: value for name, value in (("head", head), ("fold", fold), ("kv", kv)) if value is not None}
         return Plan(**{**document.plan.model_dump(), **given})
 
     def measure() -> int:
@@ -191,7 +204,7 @@ def _choose_plan(
 
         return make_plan(folder, texts=texts, progress=progress).plan.prefix
 
-    return plan_for(config.num_hidden_layers, prefix, preset, measure, head, fold)
+    return plan_for(config.num_hidden_layers, prefix, preset, measure, head, fold, kv)
 
 
 def find_model(model: str | Path) -> Path:
@@ -233,7 +246,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _stored(split: Split, fold: Fold | None, shard: Path) -> Iterator[tuple[str, str | None, torch.Tensor]]:
+def _stored(
+    split: Split, fold: Fold | None, kv: KvFold | None, shard: Path
+) -> Iterator[tuple[str, str | None, torch.Tensor]]:
     """What a shard's tensors become.
 
     Yields:
@@ -243,7 +258,13 @@ def _stored(split: Split, fold: Fold | None, shard: Path) -> Iterator[tuple[str,
         placement = split.place(name)
         if placement.part is Part.DROPPED:
             continue
-        whole, own = (fold.rename(name), fold.apply(name, tensor)) if fold else (name, tensor)
+        whole, own = name, tensor
+        if kv and kv.touches(name):
+            own = tensor.double()  # rounded once, after both folds
+        if fold:
+            whole, own = fold.rename(name), fold.apply(name, own)
+        if kv:
+            own = kv.apply(name, own).to(tensor.dtype)
         if placement.part is Part.OPEN:
             yield whole, split.place(whole).open_name, own
             continue

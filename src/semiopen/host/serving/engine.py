@@ -19,8 +19,16 @@ class EngineUnavailable(SemiopenError):
     """The engine or its enclave stopped while this request ran, or is starting again; the client may try again."""
 
 
+class RateLimited(EngineBusy):
+    """The lease's tokens of this minute are used up."""
+
+
 class RequestRefused(SemiopenError):
     """The engine can never serve this request, such as a prompt longer than the context."""
+
+
+class LeaseRefused(RequestRefused):
+    """The lease does not allow this request, has ended, or is used up."""
 
 
 @dataclass(frozen=True)

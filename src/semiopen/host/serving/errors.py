@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from semiopen.host.serving.engine import EngineBusy, EngineUnavailable, RequestRefused
+from semiopen.host.serving.engine import EngineBusy, EngineUnavailable, LeaseRefused, RateLimited, RequestRefused
 
 INTERNAL_MESSAGE = "The server failed at this request; its log has the place."
 
@@ -55,14 +55,10 @@ def as_api_error(error: BaseException) -> ApiError:
     match error:
         case ApiError():
             return error
+        case RateLimited():
+            return _busy(error, str(error), "rate_limit_exceeded")
         case EngineBusy():
-            return ApiError(
-                429,
-                "All places in the queue are taken; try again later.",
-                kind="rate_limit_error",
-                code="queue_full",
-                headers={"Retry-After": str(max(1, math.ceil(error.retry_after)))},
-            )
+            return _busy(error, "All places in the queue are taken; try again later.", "queue_full")
         case EngineUnavailable():
             return ApiError(
                 503,
@@ -71,10 +67,17 @@ def as_api_error(error: BaseException) -> ApiError:
                 code="engine_unavailable",
                 headers={"Retry-After": "1"},
             )
+        case LeaseRefused():
+            return ApiError(403, str(error), kind="permission_error", code="lease")
         case RequestRefused():
             return bad(str(error))
         case _:
             return ApiError(500, INTERNAL_MESSAGE, kind="server_error", code="internal_error")
+
+
+def _busy(error: EngineBusy, message: str, code: str) -> ApiError:
+    retry = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+    return ApiError(429, message, kind="rate_limit_error", code=code, headers=retry)
 
 
 def from_validation(problems: list[Any]) -> ApiError:

@@ -44,6 +44,7 @@ class Options:
     adapter: Path | None = None
     dtype: str | None = None
     threads: int = 0
+    lease: Path | None = None
 
 
 @dataclass
@@ -175,6 +176,7 @@ def _open_engine(options: Options) -> Engine:
         max_waiting=options.max_waiting,
         threads=options.threads,
         adapter=options.adapter,
+        lease=options.lease,
     )
 
 

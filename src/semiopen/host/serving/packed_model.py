@@ -41,6 +41,8 @@ class PackedModel:
             block_size: tokens in a block.
         """
         self.model = model.eval()
+        if (head := getattr(model, "enclave_head", None)) is not None:
+            head.gives_states = True
         self.device: torch.device = model.device
         self._windows: list[int | None] = [window or None for window in sorted(set(attention_windows(model.config)))]
         self._size = (blocks, block_size)
@@ -53,7 +55,9 @@ class PackedModel:
 
     @torch.inference_mode()
     def run(self, step: PackedStep, session: Session | None, rows: list[int] | None) -> torch.Tensor:
-        """Run one step and return logits [N, V] in fp32 on the model's device.
+        """Run one step and return logits [N, V] in fp32 on the model's device; with a sealed head states [N, H].
+
+        Those of a shuffled head are in its own order.
 
         Args:
             step: what to run; its blocks hold all earlier tokens of its sequences, here and in the session.

@@ -22,12 +22,14 @@ from semiopen.host.client import EnclaveClient
 from semiopen.host.enclave_process import EnclaveProcess
 from semiopen.host.opening import build, check_match
 from semiopen.host.sequences import BLOCK_SIZE
+from semiopen.host.serving.enclave_choice import check_rights, new_seed
 from semiopen.host.serving.enclave_link import EnclaveLink
 from semiopen.host.serving.engine import (
     EngineBusy,
     EngineLoad,
     EngineUnavailable,
     Piece,
+    RateLimited,
     RequestRefused,
     Sampling,
 )
@@ -116,6 +118,7 @@ class TransformersEngine:
         step_tokens: int = STEP_TOKENS,
         threads: int = 0,
         adapter: str | Path | None = None,
+        lease: str | Path | None = None,
     ) -> "TransformersEngine":
         """Open a bundle and serve it. Arguments, where they are not the constructor's, are those of `semiopen.load`.
 
@@ -130,21 +133,26 @@ class TransformersEngine:
             kv_tokens, max_running, max_waiting, step_tokens: see the constructor.
             threads: CPU threads of the open blocks, and of a dev enclave started here.
             adapter: folder of a PEFT adapter to merge into the open blocks.
+            lease: file of the vendor's lease, for a dev enclave started here; read again whenever that is.
 
         Raises:
             AdapterError: the adapter does not fit.
             BundleError: a file of the bundle is not what the vendor signed.
             EnclaveError: no enclave, or it refuses.
             KeyFolderError: the keys are not usable.
+            LeaseError: the lease cannot be read.
         """
         folder = Path(bundle)
         if (keys is None) == (enclave is None):
             raise EnclaveError("Say how to reach the enclave: give keys=FOLDER or enclave=SOCKET.")
+        if lease is not None and keys is None:
+            raise EnclaveError("A running enclave has its own lease; give --lease to `semiopen enclave` instead.")
         trusted_key = load_vendor_key(Path(vendor_key or keys)) if vendor_key or keys else None  # type: ignore[arg-type]
         start = None
         if keys is not None:
             wanted = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
-            start = partial(EnclaveProcess, folder, Path(keys), wanted, threads)  # type: ignore[arg-type]
+            permission = None if lease is None else Path(lease)
+            start = partial(EnclaveProcess, folder, Path(keys), wanted, threads, lease=permission)  # type: ignore[arg-type]
         link = EnclaveLink(start, None if enclave is None else Path(enclave))
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(link.close)
@@ -240,6 +248,8 @@ class TransformersEngine:
         if not self._worker.ready:
             raise EngineUnavailable("The engine is not ready, as its enclave is being started; try again in a moment.")
         self._check(prompt, sampling)
+        if (seconds := self._worker.pause_ends - time.monotonic()) > 0:
+            raise RateLimited("The tokens that the lease allows in a minute are used up; try again later.", seconds)
         if len(self._active) >= self._capacity:
             raise EngineBusy(
                 f"All {self._capacity} places for requests are taken; try again later.", retry_after=self._retry_after()
@@ -253,6 +263,7 @@ class TransformersEngine:
             use_cached=not scored,  # cached tokens are not computed, so they could not be scored
             sampling=sampling,
             sampler=Sampler(sampling, tokens),
+            seed=new_seed(sampling),
             ends=sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else self._end_tokens),
             limit=min(len(tokens) + sampling.max_tokens, self.context),
             mailbox=asyncio.Queue(),
@@ -264,6 +275,8 @@ class TransformersEngine:
 
     def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
         check_sampling(sampling, self._vocab_size)
+        if (head := self._worker.head) is not None:
+            check_rights(sampling, head.kind, head.rights)
         if not prompt:
             raise RequestRefused("The prompt has no tokens; give at least one.")
         if len(prompt) + bool(sampling.max_tokens) > self.context:

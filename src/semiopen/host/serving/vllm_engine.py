@@ -33,12 +33,14 @@ from semiopen.host.serving.engine import (
     EngineBusy,
     EngineLoad,
     EngineUnavailable,
+    LeaseRefused,
     Piece,
     RequestRefused,
     Sampling,
     TokenLogprob,
 )
 from semiopen.host.tuning.adapter_files import lora_rank
+from semiopen.host.vllm_plugin.choice import LeaseForbids
 
 logger = logging.getLogger("semiopen.serving")
 
@@ -93,13 +95,17 @@ class VllmEngine:
         max_waiting: int = 256,
         threads: int = 0,
         adapter: str | Path | None = None,
+        lease: str | Path | None = None,
         **arguments: Any,
     ) -> "VllmEngine":
         """Open a bundle; see `TransformersEngine.open`. Further arguments are vLLM's `AsyncEngineArgs`."""
+        extra: dict[str, Any] = {"tells_refusals": True}
         if keys is not None:
-            extra = {"keys": str(Path(keys).resolve()), "threads": threads}
+            extra |= {"keys": str(Path(keys).resolve()), "threads": threads}
         else:
-            extra = {"enclave": str(Path(cast(str, enclave)).resolve())}
+            extra["enclave"] = str(Path(cast(str, enclave)).resolve())
+        if lease is not None:
+            extra["lease"] = str(Path(lease).resolve())
         arguments["model_loader_extra_config"] = extra
         return cls.open_plain(
             bundle,
@@ -154,6 +160,7 @@ class VllmEngine:
             raise RequestRefused(
                 f"The prompt of {len(prompt)} tokens leaves no room in the context of {self.context}; shorten it."
             )
+        vocab_size = llm.model_config.get_vocab_size()
         self._active += 1
         try:
             outputs = llm.generate(
@@ -164,7 +171,7 @@ class VllmEngine:
                 async for output in outputs:
                     if self._closed:
                         raise EngineUnavailable("The server is shutting down.")
-                    yield _piece(output, sampling, first)
+                    yield _piece(output, sampling, first, vocab_size)
                     first = False
         except EngineDeadError:
             raise EngineUnavailable("The engine or its enclave has stopped and is started again; try again.") from None
@@ -174,6 +181,8 @@ class VllmEngine:
             raise error
         except GracefulHTTPError:
             raise EngineBusy("vLLM's queue is full; try again later.", BUSY_SECONDS) from None
+        except LeaseForbids as error:
+            raise LeaseRefused(f"{error.args[0]}.") from None
         except VLLMClientError as error:
             raise RequestRefused(f"vLLM refuses this request: {error}") from None
         finally:
@@ -276,17 +285,20 @@ def _params(sampling: Sampling) -> SamplingParams:
     )
 
 
-def _piece(output: Any, sampling: Sampling, first: bool) -> Piece:
+def _piece(output: Any, sampling: Sampling, first: bool, vocab_size: int) -> Piece:
     """vLLM's output as ours: the token that ended the text is not a part of it.
 
     Raises:
         EngineUnavailable: vLLM gave the request up.
+        LeaseRefused: the enclave did; see `SealedPrefix.ask`.
     """
     new = output.outputs[0]
     finish = new.finish_reason
     if finish not in (None, "stop", "length"):
         raise EngineUnavailable("vLLM gave this request up; try again.")
     tokens, scores = tuple(new.token_ids), new.logprobs or ()
+    if any(token >= vocab_size for token in tokens):
+        raise LeaseRefused("The lease has ended or is used up; the log says which. Ask the vendor for another.")
     if sampling.max_tokens == 0:
         tokens, finish = (), "length" if finish else None
     elif finish == "stop":

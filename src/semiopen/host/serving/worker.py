@@ -3,20 +3,32 @@
 import asyncio
 import logging
 import threading
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from semiopen.errors import EnclaveError, ProtocolError, SemiopenError
-from semiopen.host.serving.engine import EngineUnavailable, Piece, RequestRefused, Sampling, TokenLogprob
-from semiopen.host.serving.packed_model import PackedModel, Session
+from semiopen.host.client import EnclaveClient
+from semiopen.host.serving.enclave_choice import EnclaveHeadLink, at_the_leases_rate, seconds_to_wait
+from semiopen.host.serving.engine import (
+    EngineUnavailable,
+    LeaseRefused,
+    Piece,
+    RateLimited,
+    RequestRefused,
+    Sampling,
+    TokenLogprob,
+)
+from semiopen.host.serving.packed_model import PackedModel
 from semiopen.host.serving.sampling import Sampler, choose, logprobs_of
 from semiopen.host.serving.scheduler import Chunk, Scheduler, SequenceState
 
+T = TypeVar("T")
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0  # seconds between attempts to reach an enclave
 _CLOSED = "The engine was closed; start it again."
 _log = logging.getLogger("semiopen.serving")
@@ -27,7 +39,7 @@ class Generation(SequenceState):
     """One request while the engine has it.
 
     Attributes:
-        sampling, sampler: how to choose its tokens.
+        sampling, sampler, seed: how to choose its tokens.
         ends: tokens that end its text.
         limit: tokens, prompt included, at which it ends.
         mailbox: where the caller finds its pieces; not touched by the worker.
@@ -37,6 +49,7 @@ class Generation(SequenceState):
 
     sampling: Sampling
     sampler: Sampler
+    seed: int
     ends: frozenset[int]
     limit: int
     mailbox: "asyncio.Queue[Piece | SemiopenError]"
@@ -61,8 +74,8 @@ class Worker:
         self,
         model: PackedModel,
         scheduler: Scheduler[Generation],
-        session: Session | None,
-        reconnect: Callable[[], Session] | None,
+        session: EnclaveClient | None,
+        reconnect: Callable[[], EnclaveClient] | None,
         deliver: Callable[[list[Item]], object],
     ) -> None:
         """Prepare a worker.
@@ -78,6 +91,8 @@ class Worker:
         self.ready = True
         self._model = model
         self._session = session
+        self.head = None if session is None else EnclaveHeadLink(session)
+        self.pause_ends = 0.0  # until then the lease's rate allows nothing; of time.monotonic
         self._open_session = reconnect
         self._deliver = deliver
         self._changed = threading.Condition()
@@ -182,8 +197,13 @@ class Worker:
                         raise
                     error = own
             _log.error("the enclave refused a step (%s)", error.code)
-            if error.code in ("token", "context"):
-                why: SemiopenError = RequestRefused(f"The enclave refused this request ({error.code}); change it.")
+            why: SemiopenError
+            if (seconds := seconds_to_wait(error)) is not None:
+                why = RateLimited(str(error), seconds)
+            elif error.code == "lease":
+                why = LeaseRefused(str(error))
+            elif error.code in ("token", "context"):
+                why = RequestRefused(f"The enclave refused this request ({error.code}); change it.")
             else:
                 # What the enclave holds may not be what this side believes; nobody else shall begin with it.
                 self.scheduler.forget_texts()
@@ -215,15 +235,28 @@ class Worker:
             plain = plain and chunk.count == 1
         step = self.scheduler.pack(chunks)
         rows = None if plain and not scored and len(nexts) == len(chunks) else score_rows + last_rows
-        logits = self._model.run(step, self._session, rows)
+        output = self._ask(lambda: self._model.run(step, self._session, rows))
+        # All that the enclave can refuse comes before the step counts as done, as each sequence then runs by itself.
+        logits = output
+        if self.head is not None and self.head.gives_logits:
+            head = self.head
+            logits = self._ask(lambda: head.logits(output))
+        chosen = self._choose(nexts, logits[len(score_rows) :]) if nexts else None
         self.scheduler.commit(chunks)
         if scored:
             self._score(scored, logits[: len(score_rows)])
-            logits = logits[len(score_rows) :]
         for generation in finished:
             self._give(generation, (), (), "length")
-        if nexts:
-            self._extend(nexts, logits)
+        if chosen is not None:
+            self._extend(nexts, *chosen)
+
+    def _ask(self, ask: Callable[[], T]) -> T:
+        """Ask the enclave, and wait where the lease's rate says so."""
+        return at_the_leases_rate(ask, self._pause)
+
+    def _pause(self, seconds: int) -> bool:
+        self.pause_ends = time.monotonic() + seconds
+        return not self._stopping.wait(seconds)
 
     def _score(self, scored: Sequence[tuple[Generation, range]], logits: torch.Tensor) -> None:
         """Note the log probabilities of prompt tokens; logits [N, V] in the order of `scored`."""
@@ -233,21 +266,32 @@ class Worker:
         for generation, positions in scored:
             generation.prompt_logprobs += [next(found) for _ in positions]
 
-    def _extend(self, generations: Sequence[Generation], logits: torch.Tensor) -> None:
-        """Choose the next token of each generation from logits [N, V]."""
-        tokens = choose(logits, [generation.sampler for generation in generations])
-        logprobs: dict[int, TokenLogprob] = {}
+    def _choose(
+        self, generations: Sequence[Generation], output: torch.Tensor
+    ) -> tuple[list[int], dict[int, TokenLogprob]]:
+        """The next token of each generation, and by row what is reported of it; output [N, V], or [N, H]."""
+        head = self.head
+        if head is not None and not head.gives_logits:
+            return self._ask(lambda: head.choose(output, generations))
+        tokens = choose(output, [generation.sampler for generation in generations])
+        for generation, token in zip(generations, tokens, strict=True):
+            generation.sampler.took(token)
         wanting = [row for row, generation in enumerate(generations) if generation.sampling.logprobs is not None]
-        if wanting:
-            counts = [generations[row].sampling.logprobs or 0 for row in wanting]
-            found = logprobs_of(logits[wanting], [tokens[row] for row in wanting], counts)
-            logprobs = dict(zip(wanting, found, strict=True))
+        if not wanting:
+            return tokens, {}
+        counts = [generations[row].sampling.logprobs or 0 for row in wanting]
+        found = logprobs_of(output[wanting], [tokens[row] for row in wanting], counts)
+        return tokens, dict(zip(wanting, found, strict=True))
+
+    def _extend(
+        self, generations: Sequence[Generation], tokens: Sequence[int], logprobs: Mapping[int, TokenLogprob]
+    ) -> None:
+        """Give each generation its next token."""
         for row, (generation, token) in enumerate(zip(generations, tokens, strict=True)):
             if token in generation.ends:
                 self._give(generation, (), (), "stop")
                 continue
             generation.tokens.append(token)
-            generation.sampler.took(token)
             finish = "length" if len(generation.tokens) >= generation.limit else None
             self._give(generation, (token,), (logprobs[row],) if row in logprobs else (), finish)
 
@@ -311,11 +355,12 @@ class Worker:
         wait = _FIRST_WAIT
         while not self._stopping.wait(wait):
             try:
-                self._session = self._open_session()
+                self._session = session = self._open_session()
             except (SemiopenError, OSError) as error:
                 _log.warning("no enclave yet: %s", error)
                 wait = min(2 * wait, _LONGEST_WAIT)
             else:
+                self.head = EnclaveHeadLink(session)
                 _log.info("the enclave is back")
                 self.ready = True
                 return

@@ -13,19 +13,22 @@ from vllm import ModelRegistry
 from vllm.config import VllmConfig
 
 from semiopen.errors import UnsupportedCallError
+from semiopen.host.vllm_plugin.enclave_head import EnclaveHead, NoNorm, refusal
 from semiopen.host.vllm_plugin.sealed_prefix import SealedPrefix
 from semiopen.model.families import FAMILIES
 from semiopen.model.parts import NoPositions
+from semiopen.model.plan import Head
+from semiopen.model.split import HEAD_SETTING
 
 _MARK = "Semiopen"
 
 
-class SealedEmbedding(nn.Module):
-    """Stands where the token embedding was, so that nothing can be looked up there by accident."""
+class Sealed(nn.Module):
+    """Stands where the token embedding or the head was, so that nothing can be computed there by accident."""
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Refuse."""
-        raise UnsupportedCallError("The token embedding is sealed; run the whole model instead.")
+        raise UnsupportedCallError("This part of the model is sealed; run the whole model instead.")
 
 
 def __getattr__(name: str) -> type[nn.Module]:
@@ -50,11 +53,17 @@ def _class_of(architecture: str) -> type[nn.Module]:
             decoder = _decoder(self, family.layers)
             # A class without a head of its own (Gemma 2) projects with its embedding, which holds the head then.
             self.embedding_is_head = not hasattr(self, "lm_head")
-            if not self.embedding_is_head:
-                setattr(decoder, family.embedding, SealedEmbedding())
+            head: Head = getattr(config, HEAD_SETTING, "open")
+            if not self.embedding_is_head or head == "sealed":
+                setattr(decoder, family.embedding, Sealed())
             if family.positions:
                 setattr(decoder, family.positions, NoPositions())
+            if head == "sealed":
+                setattr(decoder, family.norm, NoNorm())
+                self.lm_head = Sealed()
             self.sealed_prefix = SealedPrefix(vllm_config)
+            self.head = head
+            self.enclave_head = None if head == "open" else EnclaveHead(head, config.vocab_size, self.sealed_prefix)
 
         def forward(
             self,
@@ -67,6 +76,13 @@ def _class_of(architecture: str) -> type[nn.Module]:
             """Run one step of vLLM's: T token ids in, hidden states [T, H] before the output projection out."""
             states = self.sealed_prefix.states(input_ids)
             return super().forward(None, positions, None, states, **kwargs)
+
+        def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            """Hidden states [N, H] -> logits [N, V], or what `EnclaveHead` gives in their place."""
+            if self.sealed_prefix.refused:
+                return refusal(len(hidden_states), self.config.vocab_size, hidden_states.device)
+            output = hidden_states if self.head == "sealed" else super().compute_logits(hidden_states)
+            return output if self.enclave_head is None else self.enclave_head.logits(output)
 
         def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
             """Load the bundle's open tensors; returns the names of the parameters that got one."""

@@ -5,7 +5,10 @@ prefill, preemption and aborts need nothing further. vLLM keeps a block table pe
 blocks that leave a sliding window; each window of the sealed blocks borrows the table of an open block that has it.
 """
 
-from typing import Any
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +18,11 @@ from vllm.model_executor.layers.attention import Attention
 
 from semiopen.errors import EnclaveError, UnsupportedCallError, UnsupportedModelError
 from semiopen.host.client import EnclaveClient, StepInput
+from semiopen.host.serving.enclave_choice import at_the_leases_rate
 from semiopen.model.packed_step import WHOLE, slots_of
+
+T = TypeVar("T")
+logger = logging.getLogger("semiopen.vllm")
 
 
 class SealedPrefix:
@@ -30,9 +37,48 @@ class SealedPrefix:
         # One buffer for good: graphs replay from fixed addresses.
         self._states = torch.zeros(self._step_tokens, hidden_size)
         self._client: EnclaveClient | None = None
-        self._opened = False
+        self.opened = False
+        self.seq_lens = np.zeros(0, dtype=np.int64)  # tokens that each sequence of the last step holds
+        self.tells_refusals = False
+        self._refused = False
         # Of each window of the enclave, the open attention layer whose table it uses; with no sealed block any.
         self._layers: list[str] = []
+
+    @property
+    def client(self) -> EnclaveClient:
+        """The enclave.
+
+        Raises:
+            EnclaveError: there is none.
+        """
+        if self._client is None:
+            raise EnclaveError("This model has no enclave; load the bundle with vLLM's own loader.", "gone")
+        return self._client
+
+    @property
+    def refused(self) -> bool:
+        """Whether the lease has ended or is used up."""
+        return self._refused
+
+    def ask(self, ask: Callable[[], T]) -> T | None:
+        """Ask the enclave, waiting where the lease's rate says so.
+
+        None once the lease has ended or is used up, where `tells_refusals`: vLLM knows no failure of single requests,
+        so that these get a token outside the vocabulary, of which whoever runs vLLM must know what it means.
+
+        Raises:
+            EnclaveError: the enclave refuses, or is gone.
+        """
+        if self._refused:
+            return None  # vLLM takes for computed what was refused, so that the enclave would refuse what follows
+        try:
+            return at_the_leases_rate(ask, _pause)
+        except EnclaveError as error:
+            if error.code != "lease" or not self.tells_refusals:
+                raise
+            logger.error("the enclave serves no more under this lease: %s", error)
+            self._refused = True
+            return None
 
     def attach(self, client: EnclaveClient) -> None:
         """Use this enclave from now on.
@@ -67,10 +113,8 @@ class SealedPrefix:
         metadata: Any = get_forward_context().attn_metadata
         if not metadata:  # a profiling run: no KV cache yet, and no one reads the result
             return self._states[:count]
-        client = self._client
-        if client is None:
-            raise EnclaveError("This model has no enclave; load the bundle with vLLM's own loader.", "gone")
-        if not self._opened:
+        client = self.client
+        if not self.opened:
             self._open(client, metadata)
         first = metadata[self._layers[0]]
         tokens = first.num_actual_tokens
@@ -85,7 +129,8 @@ class SealedPrefix:
                 : len(client.welcome.windows)
             ],
         )
-        client.step(step, self._states[:tokens])
+        self.seq_lens = np.asarray(step.seq_lens)
+        self.ask(lambda: client.step(step, self._states[:tokens]))
         return self._states[:count]
 
     def _open(self, client: EnclaveClient, metadata: dict[str, Any]) -> None:
@@ -96,7 +141,12 @@ class SealedPrefix:
             raise UnsupportedModelError("vLLM does not say how large its KV cache is; use vLLM 0.32.")
         _check_slots(metadata[self._layers[0]], size)
         client.open(blocks, size, self._step_tokens, self._sequences, by_window=True)
-        self._opened = True
+        self.opened = True
+
+
+def _pause(seconds: int) -> bool:
+    time.sleep(seconds)
+    return True
 
 
 def _layer_with(windows: dict[str, int], window: int) -> str:

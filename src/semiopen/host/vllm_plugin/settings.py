@@ -1,12 +1,20 @@
 """What of vLLM's settings a bundle needs, and what would silently break it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from semiopen.errors import UnsupportedCallError
 from semiopen.host.vllm_plugin import LOAD_FORMAT
+from semiopen.host.vllm_plugin.reach import Reach
+from semiopen.model.split import HEAD_SETTING
+
+CHOICES = {
+    "sealed": "semiopen.host.vllm_plugin.choice:Choice",
+    "shuffled": "semiopen.host.vllm_plugin.choice:ShuffledChoice",
+}
 
 
 class BundleSettings(VerifyAndUpdateConfig):
@@ -27,6 +35,7 @@ class BundleSettings(VerifyAndUpdateConfig):
                 f"A bundle cannot be loaded with load format {load.load_format!r}; leave --load-format out."
             )
         load.load_format = LOAD_FORMAT
+        _choose_in_the_enclave(vllm_config)
         if vllm_config.model_config.hf_text_config.num_hidden_layers == 0:
             raise UnsupportedCallError(
                 "Every block of this bundle is sealed, so vLLM has no KV cache to follow; seal fewer blocks, or "
@@ -37,6 +46,26 @@ class BundleSettings(VerifyAndUpdateConfig):
         if compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_full_cudagraphs():
             piecewise = compilation.cudagraph_mode.has_piecewise_cudagraphs()
             compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
+
+
+def _choose_in_the_enclave(config: VllmConfig) -> None:
+    """Where the lease keeps the logits of a closed head in the enclave, have vLLM ask it for tokens."""
+    model = config.model_config
+    head = getattr(model.hf_text_config, HEAD_SETTING, "open")
+    if head == "open":
+        return
+    rights = Reach.of(config.load_config).rights(Path(model.model))
+    if rights.all_logits:
+        return
+    if not rights.generate:
+        raise UnsupportedCallError("The lease allows neither choosing tokens nor logits; ask the vendor for another.")
+    ours = CHOICES[head]
+    given = [one for one in model.logits_processors or [] if one != ours]
+    if given:
+        raise UnsupportedCallError("Logits processors need logits, which the lease does not allow; leave them out.")
+    if config.use_v2_model_runner:
+        raise UnsupportedCallError("A closed head needs vLLM's first model runner; set VLLM_USE_V2_MODEL_RUNNER=0.")
+    model.logits_processors = [ours]
 
 
 def _refusals(config: VllmConfig) -> Iterator[str]:

@@ -1,0 +1,115 @@
+"""What a thief has of the layers below the first open block: weights to run, or the enclave to ask.
+
+Legend: T tokens, C candidates, H hidden size.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Protocol, cast
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+
+from semiopen.audit.kv.dump import Dump
+from semiopen.audit.victim import SealedSet, Victim
+from semiopen.audit.weights.align import align
+from semiopen.audit.weights.key import lock_rest
+from semiopen.model.parts import Blocks
+
+
+class Below(Protocol):
+    """Gives the states that would enter the first open block.
+
+    Attributes:
+        batch: candidates that it takes at once.
+        asked: tokens that the enclave was asked.
+    """
+
+    batch: int
+    asked: int
+
+    def states(self, known: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """[C, H]: of each candidate [C] as the next token behind the tokens `known` [T]."""
+        ...
+
+    def all_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """[N, T, H] of whole texts [N, T]."""
+        ...
+
+
+class Layers:
+    """Embedding and bottom blocks in the thief's own hands: the victim's, or a relative's in the victim's basis."""
+
+    asked = 0
+
+    def __init__(
+        self, config: PreTrainedConfig, stop: int, tensors: Mapping[str, torch.Tensor], batch: int = 256
+    ) -> None:
+        """Take the embedding and blocks [0, stop) from tensors under the whole model's names."""
+        self.batch = batch
+        self._blocks = Blocks(config, 0, stop).requires_grad_(False)
+        self._blocks.load({name.removeprefix("model."): tensor.float() for name, tensor in tensors.items()})
+        self._known = torch.empty(0, dtype=torch.int64)
+        self._cache = DynamicCache(config=self._blocks.decoder.config)
+
+    @torch.inference_mode()
+    def states(self, known: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """See `Below.states`. Texts that grow by a token are cheap."""
+        self._go_to(known)
+        found = []
+        for part in candidates.split(self.batch):
+            cache = copy.deepcopy(self._cache)
+            if len(known):
+                cache.batch_repeat_interleave(len(part))
+            found.append(self._run(part[:, None], cache)[:, -1])
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def all_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Below.all_states`."""
+        return torch.cat([self._blocks(part) for part in ids.split(16)])
+
+    def _go_to(self, known: torch.Tensor) -> None:
+        held = len(self._known)
+        if held > len(known) or not torch.equal(self._known, known[:held]):
+            self._cache, held = DynamicCache(config=self._blocks.decoder.config), 0
+        if held < len(known):
+            self._run(known[None, held:], self._cache)
+        self._known = known.clone()
+
+    def _run(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        output = self._blocks.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        return cast(torch.Tensor, output.last_hidden_state)
+
+
+class Enclave:
+    """The enclave itself, which an insider may ask: the true states, for tokens that it counts."""
+
+    def __init__(self, victim: Victim, batch: int = 32) -> None:
+        """Take the victim to ask."""
+        self.batch, self._victim, self._before = batch, victim, victim.spent.tokens
+
+    @property
+    def asked(self) -> int:
+        """Tokens, counted from the beginning."""
+        return self._victim.spent.tokens - self._before
+
+    def states(self, known: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """See `Below.states`; every candidate is asked with the whole text before it."""
+        texts = torch.cat([known.expand(len(candidates), -1), candidates[:, None]], 1)
+        return torch.cat([self._victim.query(part)[:, -1] for part in texts.split(self.batch)])
+
+    def all_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Below.all_states`."""
+        return torch.cat([self._victim.query(part) for part in ids.split(16)])
+
+
+def turned_relative(dump: Dump, relative: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float]:
+    """A public relative's layers in the basis of a keyed bundle, for `Layers`; and how well its open blocks resemble.
+
+    Raises:
+        SemiopenError: no block is open.
+    """
+    key, fit = align(dump.config, relative, dump.tensors)
+    sealed = SealedSet.prefix(dump.first)
+    return lock_rest(dump.config, relative, key.rotation, sealed, head=False), fit

@@ -1,0 +1,128 @@
+"""How vLLM has the enclave choose tokens, where the lease keeps the logits there.
+
+vLLM asks a custom logits processor at admission what of a request it does not allow, tells it which request lies in
+which row, and hands it the logits before it draws. Ours takes a stand-in for logits in which every token is
+impossible, asks the enclave for a token of each row, and makes that one certain. So vLLM's own sampler takes it,
+whatever it does besides.
+
+Legend: N rows of a step, V vocabulary.
+"""
+
+import secrets
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingType
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from semiopen.host.client import RowChoice
+from semiopen.host.serving.enclave_choice import SEED_BITS
+from semiopen.host.vllm_plugin.enclave_head import Choosing
+
+# What of a request needs logits outside the enclave, with the values at which it does nothing.
+_NEEDS_LOGITS: dict[str, tuple[Any, ...]] = {
+    "logprobs": (None,),
+    "prompt_logprobs": (None,),
+    "logprob_token_ids": (None, []),
+    "prompt_logprob_token_ids": (None,),
+    "logit_bias": (None, {}),
+    "allowed_token_ids": (None, []),
+    "bad_words": (None, []),
+    "min_tokens": (0,),
+    "structured_outputs": (None,),
+    "thinking_token_budget": (None,),
+}
+_PENALTIES: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+}
+
+
+class LeaseForbids(VLLMValidationError):
+    """A request needs logits, which the lease does not allow."""
+
+
+class Choice(LogitsProcessor):
+    """Chooses in a sealed head."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse, before it runs, what needs logits.
+
+        Raises:
+            LeaseForbids: such a setting.
+        """
+        _refuse(sampling_params, _NEEDS_LOGITS)
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._requests: dict[int, Request] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        """It decides for greedy requests too."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow which request lies in which row."""
+        process_dict_updates(self._requests, batch_update, Request)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Make one token of each row certain in a stand-in for logits [N, V + 1]; real logits pass."""
+        choosing: Choosing | None = getattr(logits, Choosing.MARK, None)
+        if choosing is not None:
+            choosing.choose(logits, [self._requests[row] for row in range(len(logits))])
+        return logits
+
+
+class ShuffledChoice(Choice):
+    """Chooses among shuffled words, which nobody here can tell from the words that a penalty is for."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """See `Choice`; penalties as well."""
+        _refuse(sampling_params, {**_NEEDS_LOGITS, **_PENALTIES})
+
+
+class Request:
+    """One request, as vLLM tells its logits processors."""
+
+    def __init__(self, params: SamplingParams, prompt: list[int] | None, answer: list[int]) -> None:
+        self._params = params
+        self._prompt = prompt or []
+        self._answer = answer  # vLLM's own list, to which it adds each token
+        self._seed = secrets.randbits(SEED_BITS) if params.seed is None else params.seed
+
+    @property
+    def length(self) -> int:
+        """Tokens that it has."""
+        return len(self._prompt) + len(self._answer)
+
+    def row(self) -> RowChoice:
+        """How its next token is to be chosen."""
+        params = self._params
+        return RowChoice(
+            temperature=0.0 if params.sampling_type == SamplingType.GREEDY else params.temperature,
+            top_p=params.top_p,
+            top_k=max(0, params.top_k),
+            min_p=params.min_p,
+            repetition=params.repetition_penalty,
+            presence=params.presence_penalty,
+            frequency=params.frequency_penalty,
+            seed=self._seed,
+            place=len(self._answer),
+            prompt=self._prompt,
+            answer=self._answer,
+        )
+
+
+def _refuse(params: SamplingParams, neutral: dict[str, tuple[Any, ...]]) -> None:
+    for name, values in neutral.items():
+        if getattr(params, name, None) not in values:
+            raise LeaseForbids(
+                f"{name} needs all logits (logits full), which the lease does not allow; leave it out, or ask the "
+                "vendor for a lease with it",
+                parameter=name,
+            )
