@@ -4,6 +4,7 @@
     python benchmarks/kv.py --quick                                     # proves that it runs
     python benchmarks/kv.py --out docs/results/kv_cost.json
     python benchmarks/kv.py --long                                      # 4,096 tokens of context as well
+    python benchmarks/kv.py --rounding --out docs/results/kv_rounding.json
 
 One random Llama is sealed three times, with `kv` plain, folded and enclave, its embedding alone sealed, as in the
 preset kv-shield; each runs with transformers and a dev enclave of its own (a process), one thread each. A prompt of
@@ -14,6 +15,10 @@ noise.
 
 Crossings and bytes are counted at the client: requests of any kind, and what goes through shared memory in both
 directions: token ids and states of the prefix, attention of the open blocks in and out.
+
+--rounding measures no time, but what a fold changes of rounding, as `benchmarks/fold.py` does for the keyed one: the
+lab's models in bf16, plain and folded by three keys, against the original in fp32: share of equal greedy next tokens,
+and mean divergence of the next token's distribution in nats.
 """
 
 import argparse
@@ -42,10 +47,13 @@ from common import (
     workspace,
 )
 from common import spread as summarise
+from fold import NAMES, distributions, load, texts
 from transformers import DynamicCache, PreTrainedModel
 
 import semiopen
+from semiopen.bundle.primitives import KEY_BYTES
 from semiopen.host.modeling import session_of
+from semiopen.model.kv_symmetries import KvFold
 from semiopen.model.plan import Kv
 from semiopen.protocol.messages import Step, Unmix
 
@@ -132,6 +140,30 @@ def case(
     }
 
 
+def rounding(keys: int = 3) -> list[dict[str, Any]]:
+    """Agreement and divergence of each of the lab's models in bf16, plain and folded by some keys."""
+    rows: list[dict[str, Any]] = []
+    for name in NAMES:
+        original = load(name, None, torch.float32)
+        ids = texts(original, 16)
+        right = distributions(original, ids)
+        stored = {tensor_name: tensor.to(torch.bfloat16) for tensor_name, tensor in original.state_dict().items()}
+        folds = [KvFold(original.config, bytes([key]) * KEY_BYTES) for key in range(keys)]
+        for number, fold in enumerate([None, *folds]):
+            tensors = {n: fold.apply(n, tensor) if fold else tensor for n, tensor in stored.items()}
+            found = distributions(load(name, tensors, torch.bfloat16), ids)
+            rows.append(
+                {
+                    "model": name,
+                    "key": number or None,
+                    "agreement": float((found.argmax(-1) == right.argmax(-1)).float().mean()),
+                    "divergence": float((right.exp() * (right - found)).sum(-1).mean()),
+                    "positions": ids.numel(),
+                }
+            )
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="of the open blocks, and of each enclave")
     parser.add_argument("--seconds", type=float, default=300, help="no further case begins after so long")
+    parser.add_argument("--rounding", action="store_true", help="what a fold changes of rounding, and no time")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     batches, contexts, new, rounds = given.batches, given.contexts, given.new, given.rounds
@@ -152,6 +185,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         contexts = [*contexts, 4096]
     torch.set_num_threads(given.threads)
     about = machine()
+    if given.rounding:
+        found = rounding()
+        cells = [(f"{one['model']} {one['key'] or 'plain'}", one["agreement"], one["divergence"]) for one in found]
+        print_machine(about)
+        table = [(name, f"{agreement:.4f}", f"{divergence:.6f}") for name, agreement, divergence in cells]
+        print_table("bf16 against fp32", ["model and key", "agreement", "divergence"], table)
+        finish({"benchmark": "kv rounding", "machine": about, "rows": found}, given.out)
+        return
     grid = sorted(((batch, context) for batch in batches for context in contexts), key=lambda one: one[0] * one[1])
     cases: list[dict[str, Any]] = []
     began = time.perf_counter()

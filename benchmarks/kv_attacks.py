@@ -122,7 +122,8 @@ def cells(seeds: int) -> Iterator[Cell]:
     """All of them, the first seed first."""
     for seed, name in itertools.product(range(seeds), (TUNED, SCRATCH)):
         for cell in _cells(name):
-            yield replace(cell, seed=seed)
+            if seed == 0 or cell.plan != "whole":  # the slowest, and no key is in it
+                yield replace(cell, seed=seed)
 
 
 def _cells(name: str) -> Iterator[Cell]:
@@ -159,8 +160,7 @@ def _cells(name: str) -> Iterator[Cell]:
         yield Cell("prefix 2", name, "snoop", BASE, "injection")
         for plan in ("prefix 0", "prefix 2"):
             yield Cell(plan, name, "cache", BASE, "collision")
-            yield Cell(plan, name, "cache", BASE, "sorted_values")
-        for attack in ("rotary_key", "value_key", "collision"):
+        for attack in ("rotary_key", "value_key"):
             for plan in ("prefix 2 folded", "keyed folded"):
                 yield Cell(plan, name, "cache", BASE, attack)
     for plan in ("prefix 0", "prefix 2", "keyed folded", "head sealed", "whole"):
@@ -226,7 +226,7 @@ class Bench:
         return [
             Conversation(_ids(tokenizer, text), private)
             for kind, count in (("dialogue", 2), ("personal", 1), ("story", 1))
-            for text, private in random.Random(seed).sample(documents[kind][::2], count)  # noqa: S311 - no secret
+            for text, private in random.Random(seed).sample(documents[kind][::2], count)
         ]
 
     @cache  # noqa: B019
@@ -254,6 +254,8 @@ class Bench:
     def run(self, cell: Cell) -> dict[str, Any]:
         """One attack on all conversations."""
         conversations = self.conversations(cell.model, cell.seed)
+        if cell.attack == "membership":  # tells which words there are only while there are fewer than entries
+            conversations = [replace(one, ids=one.ids[: LENGTH // 2]) for one in conversations]
         plan = PLANS[cell.plan]
         victim = self.victim(plan, cell.model, cell.seed)
         decode = AutoTokenizer.from_pretrained(LAB / cell.model).decode
@@ -331,11 +333,11 @@ class Bench:
                 )
             if cell.attack == "membership":
                 # Of values alone: what mixes tokens makes their positions a part of their keys.
-                seen = dump.values[0].transpose(0, 1).flatten(1)[: LENGTH // 2]
+                seen = dump.values[0].transpose(0, 1).flatten(1)
                 mixing = torch.randn(len(seen), len(seen), generator=torch.Generator().manual_seed(cell.seed))
                 all_states = below.states(ids[:0], torch.arange(words))
                 return membership.run(mixing @ seen, projections.of(all_states)[1].flatten(1))
-            given = ids[: LENGTH // 2] if cell.attack == "value_key" else start
+            given = ids[: 3 * LENGTH // 4] if cell.attack == "value_key" else start
             attacks: dict[str, Callable[[Dump], tuple[Recovered, torch.Tensor]]] = {
                 "sorted_values": lambda one: sorted_values.run(one, projections, below, given),
                 "norms": lambda one: norms.run(one, projections, below, given, planes=False),

@@ -159,6 +159,7 @@ class Attack(StrEnum):
     ft_closed = "ft_closed"
     ft_all = "ft_all"
     base_graft = "base_graft"
+    kv = "kv"
 
 
 class EngineName(StrEnum):
@@ -238,13 +239,14 @@ def seal(
         typer.Option(
             help="embedding, bottom (an eighth of the blocks; the default), whole, solid (measures the model's "
             "distillation difficulty first, see `semiopen plan`), distillock (embedding; words shuffled; keyed), "
-            "kv-shield (embedding; kv enclave), or recommended (as solid; head sealed; keyed)."
+            "kv-shield (embedding; kv enclave), or recommended (an eighth of the blocks, at least two; head sealed; "
+            "keyed)."
         ),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="plan.json, made for this model by `semiopen plan`.")] = None,
     texts: Annotated[
         Path | None,
-        typer.Option(help="Texts that solid and recommended measure on; without, the model samples its own."),
+        typer.Option(help="Texts that solid measures on; without, the model samples its own."),
     ] = None,
     head: Annotated[
         HeadKind | None,
@@ -277,7 +279,7 @@ def seal(
     """
     from semiopen.vendor.seal import seal as seal_model
 
-    with _steps() if preset in ("solid", "recommended") else _progress() as report:
+    with _steps() if preset == "solid" else _progress() as report:
         manifest = seal_model(
             model,
             bundle,
@@ -348,6 +350,8 @@ def lease_new(
         raise SemiopenError(f"{to} exists already; give each lease a file of its own.") from None
     _show_lease(text, keys)
     err.print(f"Written to {_plain(str(to))}; the customer gives it as --lease.", soft_wrap=True)
+    if tokens is None:
+        err.print("Without --tokens, the customer may ask for as many states as a copy needs; see `semiopen plan`.")
 
 
 @lease_app.command("show")
@@ -1269,7 +1273,8 @@ def audit(
         list[Attack] | None,
         typer.Option(
             help="May be given several times. sem fits the sealed blocks to their states; ft_closed and ft_all train "
-            "through the whole model; base_graft needs --public-base; none asks nothing, and always runs. "
+            "through the whole model; base_graft needs --public-base; none asks nothing, and always runs; kv reads "
+            "conversations from the cache. "
             "\\[default: sem, ft_closed and ft_all; --quick: sem]",
             show_default=False,
         ),

@@ -25,6 +25,7 @@ from semiopen.model.symmetries import fold_tensors
 from semiopen.vendor.sketch import REGISTRY_NAME
 from semiopen.vendor.trace import trace
 from tests.models import FAMILIES, VOCAB, random_model, save_random_model
+from tests.test_cli import semiopen as command
 from tests.vendor.test_fold import InDouble, error, logits, model_of, originals
 
 SECRET, OTHER = bytes(range(32)), bytes(range(1, 33))
@@ -390,6 +391,17 @@ def test_a_fresh_basis_at_each_load(pair, kv):
         for a, b in ((0, 1), (0, 2), (1, 2)):
             distances = [(x - y).norm() / y.norm() for x in caches[a][index][0] for y in caches[b][index][0]]
             assert min(distances) > 0.1
+
+
+def test_the_command_line(tmp_path, keys):
+    save_random_model("qwen3", tmp_path / "model")
+    for kv, said in (("folded", "invertible matrix"), ("enclave", "which the enclave undoes"), ("plain", None)):
+        bundle = str(tmp_path / kv)
+        command("seal", str(tmp_path / "model"), "--out", bundle, "--keys", str(keys), "--prefix", "1", "--kv", kv)
+        shown = " ".join(command("inspect", bundle).stdout.split())
+        assert f"kv {kv}" in shown
+        assert ("a sign for each rotary plane" in shown) == (said is not None)
+        assert said is None or said in shown
 
 
 def test_a_plan_without_kv_stays_plain(tmp_path, keys):

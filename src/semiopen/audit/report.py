@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from semiopen.audit.campaign import AttackName, Outcome
 from semiopen.audit.curves import LEVELS, NAMES, Curve
+from semiopen.audit.kv.findings import CacheSection
 from semiopen.audit.plots import Mark, Plot, Series, draw, key
 from semiopen.audit.verdicts import CLOSED, CONTROL, COPY, TRAINED, Verdict
 from semiopen.model.plan import Plan
@@ -102,6 +103,7 @@ class AuditReport(BaseModel):
     open_end: float | None = Field(description="agreement of a thief who has the control's true weights")
     control_start: float | None = Field(description="agreement of fresh weights there, without a query")
     untested: tuple[str, ...]
+    cache: CacheSection | None = None
     texts: TextFacts
     method: Method
     counted: Counted

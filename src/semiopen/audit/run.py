@@ -13,24 +13,26 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from semiopen.audit.bundle_victim import BundleVictim
 from semiopen.audit.campaign import AttackName, Campaign, Job, Log, plan_jobs, run_all
 from semiopen.audit.curves import curves_of
+from semiopen.audit.kv.findings import CacheSection
 from semiopen.audit.report import AuditReport, BundleFacts, Counted, Method, TextFacts, write_report
 from semiopen.audit.score import Exam, score
 from semiopen.audit.texts import SEQUENCE_TOKENS, read_apart, sample_texts
 from semiopen.audit.thief import start_model
 from semiopen.audit.training import Settings
-from semiopen.audit.verdicts import Evidence, untested, verdicts
+from semiopen.audit.verdicts import UNREAD, Evidence, Verdict, untested, verdicts
 from semiopen.audit.victim import OpenPart, Victim
+from semiopen.audit.weights.layout import check as check_layout
 from semiopen.bundle.files import check_is_bundle
 from semiopen.bundle.manifest import Manifest
 from semiopen.bundle.reader import read_files
@@ -45,6 +47,8 @@ Progress = Callable[[str, float, float], None]  # what runs, work done, work in 
 
 _SAMPLED_AT_ONCE = 64  # sequences
 _LEAST_QUERIES = 4
+_FOR_CACHE = 8192  # tokens of queries that the attacks on the cache make pairs of
+_CONVERSATIONS, _CONVERSATION_TOKENS = 2, 64  # whose cache is attacked
 _FINE_TUNED = 2  # largest budgets at which the attacks that train through all blocks are run
 LOG_NAME, SAMPLES_NAME = "outcomes.jsonl", "sampled.safetensors"
 
@@ -62,6 +66,7 @@ class AuditOptions:
         exam: sequences to mark with.
         quick: whether this is a first look, which the report then says.
         seed: of the texts; seeds of the attacks count from 0.
+        cache: whether the cache of conversations is attacked as well.
     """
 
     attacks: tuple[AttackName, ...] = ("sem", "ft_closed", "ft_all")
@@ -72,11 +77,12 @@ class AuditOptions:
     exam: int = 64
     quick: bool = False
     seed: int = 0
+    cache: bool = False
 
     @classmethod
     def of(
         cls,
-        attacks: Sequence[AttackName] | None = None,
+        attacks: Sequence[AttackName | Literal["kv"]] | None = None,
         tokens: Sequence[int] | None = None,
         seeds: int | None = None,
         steps: int | None = None,
@@ -84,8 +90,13 @@ class AuditOptions:
     ) -> "AuditOptions":
         """Options with what is None left at the defaults, which `quick` makes smaller."""
         plain = cls(attacks=("sem",), seeds=1, steps=200, rates=(1e-3, 3e-3), exam=32, quick=True) if quick else cls()
+        cache = "kv" in (attacks or ())
+        chosen: list[AttackName] = [attack for attack in dict.fromkeys(attacks or ()) if attack != "kv"]
+        if cache and not chosen:
+            tokens = tokens or (_FOR_CACHE,)
         return cls(
-            attacks=tuple(dict.fromkeys(attacks)) if attacks else plain.attacks,
+            cache=cache,
+            attacks=tuple(chosen) if attacks else plain.attacks,
             tokens=tuple(sorted(set(tokens))) if tokens else None,
             seeds=seeds or plain.seeds,
             steps=steps or plain.steps,
@@ -183,9 +194,12 @@ def audit(
             )
         manifest = read_files(bundle, welcome.bundle_digest, only=()).manifest
         victim = _Metered(model, bundle, manifest)
+        if options.cache:
+            check_layout(victim.config)
         found = _texts(model, bundle, out, welcome.bundle_digest, options, texts, progress, say)
         sampled = client.status().tokens - counted if texts is None else 0
-        base = _base(public_base, victim) if public_base is not None else None
+        relative = _relative(public_base) if public_base is not None else None
+        base = _base(relative, victim) if relative is not None else None
         campaign, control_start, open_end = _campaign(victim, found, options, base)
         subject = {
             "bundle": welcome.bundle_digest,
@@ -201,6 +215,8 @@ def audit(
         earlier = sum(outcome.tokens for outcome in log.outcomes)
         _run(campaign, jobs, log, manifest, options, progress, say)
         asked = sum(outcome.tokens for outcome in log.outcomes) - earlier
+        cache = _attack_cache(victim, bundle, found, relative, manifest, say) if options.cache else None
+        asked += cache.asked if cache is not None else 0
         evidence = Evidence(
             prefix=manifest.plan.prefix,
             num_layers=manifest.num_layers,
@@ -226,13 +242,14 @@ def audit(
                 enclave=welcome.enclave,
                 dtype=welcome.dtype,
             ),
-            verdicts=tuple(verdicts(evidence)),
+            verdicts=(*verdicts(evidence), *_cache_verdict(cache, evidence)),
             curves=tuple(curves_of(log.outcomes)),
             outcomes=tuple(log.outcomes),
             chance=evidence.chance,
             open_end=open_end,
             control_start=control_start,
-            untested=tuple(untested(evidence)),
+            untested=tuple(line for line in untested(evidence) if cache is None or line != UNREAD),
+            cache=cache,
             texts=found.facts,
             method=Method(
                 steps=options.steps,
@@ -249,7 +266,7 @@ def audit(
                 enclave=client.status().tokens - counted,
                 earlier=earlier,
             ),
-            command=evidence.repeat(*options.attacks),
+            command=evidence.repeat(*options.attacks, *(("kv",) if options.cache else ())),
             seconds=round(time.monotonic() - started, 1),
             versions=_versions(),
         )
@@ -395,6 +412,42 @@ def _read_samples(path: Path, about: dict[str, str]) -> torch.Tensor:
     return ids
 
 
+def _attack_cache(
+    victim: BundleVictim,
+    bundle: Path,
+    texts: _Texts,
+    relative: Mapping[str, torch.Tensor] | None,
+    manifest: Manifest,
+    say: Callable[[str], None],
+) -> CacheSection:
+    try:
+        from semiopen.audit.kv.section import attack_cache
+    except ModuleNotFoundError as error:
+        raise SemiopenError(
+            f"The attacks on the cache need {error.name}; install the extra: pip install 'semiopen[audit]'"
+        ) from None
+    say("Attacking the cache of conversations.")
+    conversations = texts.exam[:_CONVERSATIONS, :_CONVERSATION_TOKENS]
+    pairs = texts.queries[: _FOR_CACHE // SEQUENCE_TOKENS, :_CONVERSATION_TOKENS]
+    return attack_cache(victim, conversations, pairs, relative, manifest.plan, _decoder(bundle))
+
+
+def _cache_verdict(cache: CacheSection | None, evidence: Evidence) -> list[Verdict]:
+    if cache is None:
+        return []
+    from semiopen.audit.kv.section import cache_verdict
+
+    return [cache_verdict(cache, evidence.repeat("kv"))]
+
+
+def _decoder(bundle: Path) -> Callable[[list[int]], str]:
+    """Ids to text; to themselves where the bundle has no tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(bundle).decode
+    except Exception:  # whatever a folder without a usable tokenizer makes transformers raise
+        return lambda ids: " ".join(map(str, ids))
+
+
 def _campaign(
     victim: BundleVictim, texts: _Texts, options: AuditOptions, base: Mapping[str, torch.Tensor] | None
 ) -> tuple[Campaign, float | None, float | None]:
@@ -431,8 +484,8 @@ def _chance(exam: Exam) -> float:
     return float(likeliest.bincount().max()) / len(likeliest)
 
 
-def _base(public_base: str, victim: Victim) -> dict[str, torch.Tensor]:
-    """Those weights of a public relative that stand where the victim's are sealed."""
+def _relative(public_base: str) -> dict[str, torch.Tensor]:
+    """All weights of a public relative, fp32."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -444,7 +497,12 @@ def _base(public_base: str, victim: Victim) -> dict[str, torch.Tensor]:
     finally:
         if shown:
             logging.enable_progress_bar()
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in victim.open_tensors}
+    return model.state_dict()
+
+
+def _base(relative: Mapping[str, torch.Tensor], victim: Victim) -> dict[str, torch.Tensor]:
+    """Those weights of it that stand where the victim's are sealed."""
+    weights = {name: tensor for name, tensor in relative.items() if name not in victim.open_tensors}
     start_model(victim, 0, weights)  # refuses other shapes, before any work
     return weights
 

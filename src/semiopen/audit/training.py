@@ -22,7 +22,8 @@ class Settings:
     Attributes:
         steps: optimiser steps of the run proper.
         batch: queries per step.
-        rates: learning rates that are tried, the best two of them in full; one rate for all sealed sets makes some look strong that are not.
+        rates: learning rates that are tried, the best two of them in full; one rate for all sealed sets makes some
+            look strong that are not.
         validation: share of the queries that is kept to choose by. They count as queries like the others.
         weight_decay: of AdamW.
     """

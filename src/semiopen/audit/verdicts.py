@@ -23,6 +23,7 @@ CONTROL = 0.9  # agreement that an attack must reach where it has to succeed, an
 CLOSED = 0.5  # share of what fresh weights lacked there that it must win back: one block more or less changes little
 OPEN_END = 0.999  # agreement of the true weights with themselves; the rest is rounding
 _NEAR_CHANCE = 0.05
+UNREAD = "No conversation's secrecy: the states, the open blocks' cache and the logits are in the clear on the host."
 TRAINED: tuple[AttackName, ...] = ("sem", "ft_closed", "ft_all")
 
 
@@ -110,7 +111,7 @@ class Evidence:
         start = self.control_start or 0.0
         return max(CONTROL, start + CLOSED * (1 - start))
 
-    def repeat(self, *attacks: AttackName) -> str:
+    def repeat(self, *attacks: AttackName | Literal["kv"]) -> str:
         """The command line with these attacks alone."""
         chosen = [word for attack in attacks for word in ("--attack", attack)]
         return shlex.join([*self.command, *chosen, "--out", "REPEATED"])
@@ -452,7 +453,7 @@ def untested(evidence: Evidence) -> list[str]:
         "do that was never asked.",
         "Nothing but queries: whoever reads the enclave's memory has the weights. A dev enclave keeps nobody with root "
         "from that.",
-        "No conversation's secrecy: the states, the open blocks' cache and the logits are in the clear on the host.",
+        UNREAD,
         "No adapter on the open blocks.",
     ]
 

@@ -91,8 +91,9 @@ def check_match(welcome: Welcome, verified: VerifiedBundle, dtype: str, unmixes:
     """
     if welcome.mixed_blocks and not unmixes:
         raise EnclaveError(
-            "The attention of this bundle passes through its enclave (kv: enclave), block by block, which an engine that "
-            "runs its blocks in one piece has no place for; use semiopen.load, or ask the vendor for kv folded."
+            "The attention of this bundle passes through its enclave (kv: enclave), block by block, which this "
+            "engine, that runs its blocks in one piece, has no place for; use semiopen.load, or ask the vendor for "
+            "kv folded."
         )
     if welcome.bundle_digest != verified.digest:
         raise EnclaveError("The enclave holds another bundle; start one with this bundle.")

@@ -4,8 +4,8 @@ Bits come from SHAKE-256, a fixed function, because numpy and torch promise no s
 
     SHAKE-256("semiopen fold v1" || secret, 32 bytes || label, UTF-8)    read as 64-bit integers, little endian
 
-One label, one draw. Permutations, signs and scales follow from the bits alone. A rotation, or a matrix of two, also takes
-logarithms and a QR decomposition in float64, so another machine may differ in its last digits (about 1e-14).
+One label, one draw. Permutations, signs and scales follow from the bits alone. A rotation, or a matrix of two,
+also takes logarithms and a QR decomposition in float64, so another machine may differ in its last digits (about 1e-14).
 """
 
 import hashlib

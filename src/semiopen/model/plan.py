@@ -43,7 +43,7 @@ def plan_for(
         num_layers: decoder blocks in the model.
         prefix: blocks to seal, 0..num_layers, or None.
         preset: a key of `PRESETS`, or None. With neither, `bottom`.
-        measure: the planner: returns the prefix of `solid` and `recommended`. Called for those alone.
+        measure: the planner: returns the prefix of `solid`. Called for that alone.
         head, fold, kv: instead of the preset's.
 
     Raises:
@@ -85,5 +85,5 @@ PRESETS = {
     "solid": Preset(None),
     "distillock": Preset(lambda num_layers: 0, head="shuffled", fold="keyed"),
     "kv-shield": Preset(lambda num_layers: 0, kv="enclave"),
-    "recommended": Preset(None, head="sealed", fold="keyed"),
+    "recommended": Preset(lambda num_layers: min(num_layers, max(2, num_layers // 8)), head="sealed", fold="keyed"),
 }

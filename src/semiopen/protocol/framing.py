@@ -10,7 +10,7 @@ import struct
 
 from semiopen.errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_PAYLOAD = 64 * 1024  # bytes; control messages are small, tensors travel in shared memory
 
 _HEADER = struct.Struct(">4sHI")

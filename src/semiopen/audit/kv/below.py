@@ -22,11 +22,14 @@ class Below(Protocol):
 
     Attributes:
         batch: candidates that it takes at once.
-        asked: tokens that the enclave was asked.
     """
 
     batch: int
-    asked: int
+
+    @property
+    def asked(self) -> int:
+        """Tokens that the enclave was asked."""
+        ...
 
     def states(self, known: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """[C, H]: of each candidate [C] as the next token behind the tokens `known` [T]."""

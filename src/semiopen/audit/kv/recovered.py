@@ -45,7 +45,7 @@ class Recovered:
 
 @dataclass(frozen=True)
 class Marks:
-    """How much of a conversation was recovered: shares, of what was not given.
+    """How much of a conversation was recovered: shares, of what was not given, nor is a word that was given.
 
     Attributes:
         exact: of the tokens, at their positions.
@@ -76,19 +76,20 @@ def mark(
         private: strings that the auditor looks for; those that are not in the conversation are left out.
 
     Raises:
-        ValueError: everything was given.
+        ValueError: nothing is left to recover.
     """
     given = recovered.given
-    if given >= len(true):
+    new = ~torch.isin(true, true[:given])
+    if not new.any():
         raise ValueError(f"{given} tokens of {len(true)} were given, so that none is left to recover.")
     guess = torch.full_like(true, -1)
     placed = recovered.positions >= 0
     guess[recovered.positions[placed]] = recovered.ids[placed]
-    hidden = set(true[given:].tolist())
+    hidden = set(true[new].tolist())
     text, said = decode(true[given:].tolist()), recovered.text(decode)
     looked_for = [one for one in dict.fromkeys(private) if one and one in text]
     return Marks(
-        exact=float((guess[given:] == true[given:]).double().mean()),
+        exact=float((guess == true)[new].double().mean()),
         among=len(hidden & set(recovered.ids.tolist())) / len(hidden),
         rouge_l=float(RougeScorer(["rougeL"]).score(text, said)["rougeL"].fmeasure),
         private=sum(one in said for one in looked_for) / len(looked_for) if looked_for else None,
