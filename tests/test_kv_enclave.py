@@ -1,5 +1,6 @@
 """`kv: enclave`: values are cached in an order that only the enclave knows, and the model is the one it was."""
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from semiopen.enclave.attention_order import AttentionOrder
 from semiopen.errors import BundleError, EnclaveError, UnsupportedCallError
 from semiopen.host.enclave_process import EnclaveProcess
 from semiopen.host.opening import check_match
+from semiopen.host.serving.engine import Sampling
 from semiopen.host.serving.transformers_engine import TransformersEngine
 from semiopen.host.unmixing import Unmixer
 from semiopen.model.families import FAMILIES as SEALED
@@ -232,11 +234,28 @@ def test_a_fresh_basis_of_the_keys_is_refused(made):
         semiopen.load(bundle, enclave=enclave.path, rekey_kv=True)
 
 
-def test_engines_without_a_place_for_it_say_so(made, keys, llama):
+def test_our_engine_serves_it(made, keys):
     _, bundle, enclave = made("llama")
-    with pytest.raises(EnclaveError, match="kv: enclave"):
-        TransformersEngine.open(bundle, enclave=enclave.path, vendor_key=keys / "vendor.pub", kv_tokens=1024)
-    # vLLM's loader asks the same question.
+    prompts = [list(range(3, 40)), [7, 8, 9], list(range(3, 40))]  # one shares its beginning
+
+    async def texts(engine: TransformersEngine) -> list[list[int]]:
+        try:
+            found = []
+            for prompt in prompts:
+                pieces = [piece async for piece in engine.generate("one", prompt, Sampling(8, 0.0, ignore_eos=True))]
+                found.append([token for piece in pieces for token in piece.token_ids])
+            return found
+        finally:
+            await engine.close()
+
+    protected = TransformersEngine.open(bundle, enclave=enclave.path, vendor_key=keys / "vendor.pub", kv_tokens=1024)
+    assert asyncio.run(texts(protected)) == asyncio.run(
+        texts(TransformersEngine.open_plain(bundle.parent / "model", kv_tokens=1024))
+    )
+
+
+def test_an_engine_without_a_place_for_it_says_so(made, llama):
+    # vLLM's loader asks this question.
     welcome: Welcome = llama[1].enclave.session.client.welcome
     verified = VerifiedBundle.__new__(VerifiedBundle)
     with pytest.raises(EnclaveError, match="kv folded"):

@@ -422,9 +422,7 @@ def test_the_page_escapes_conversations():
 
 def test_the_command_reads_a_real_bundle(tmp_path, keys, enclave_threads):
     save_random_model("llama", tmp_path / "model")
-    package.seal(
-        tmp_path / "model", tmp_path / "bundle", keys, prefix=2, fold="keyed", kv="folded", customer="acme"
-    )
+    package.seal(tmp_path / "model", tmp_path / "bundle", keys, prefix=2, fold="keyed", kv="folded", customer="acme")
     socket = enclave_threads.start(tmp_path / "bundle", keys).path
     done = semiopen(
         "audit", tmp_path / "bundle", "--enclave", socket, "--attack", "kv", "--tokens", "2048",

@@ -193,13 +193,18 @@ def audit(
                 f"The model's context is {welcome.context} tokens; the audit asks in sequences of {SEQUENCE_TOKENS}."
             )
         manifest = read_files(bundle, welcome.bundle_digest, only=()).manifest
+        if manifest.plan.head != "open":
+            raise SemiopenError(
+                "The audit attacks bundles with an open head only; what is known of other heads is in "
+                "docs/results/locked_weights.md."
+            )
         victim = _Metered(model, bundle, manifest)
         if options.cache:
             check_layout(victim.config)
         found = _texts(model, bundle, out, welcome.bundle_digest, options, texts, progress, say)
         sampled = client.status().tokens - counted if texts is None else 0
         relative = _relative(public_base) if public_base is not None else None
-        base = _base(relative, victim) if relative is not None else None
+        base = _base(_in_basis(relative, victim, manifest), victim) if relative is not None else None
         campaign, control_start, open_end = _campaign(victim, found, options, base)
         subject = {
             "bundle": welcome.bundle_digest,
@@ -498,6 +503,15 @@ def _relative(public_base: str) -> dict[str, torch.Tensor]:
         if shown:
             logging.enable_progress_bar()
     return model.state_dict()
+
+
+def _in_basis(relative: Mapping[str, torch.Tensor], victim: Victim, manifest: Manifest) -> Mapping[str, torch.Tensor]:
+    """A relative in the basis of the bundle. Unless a keyed one is found out first, it would look like a stranger."""
+    if manifest.plan.fold != "keyed":
+        return relative
+    from semiopen.audit.weights import align  # needs SciPy, of the extra "audit"
+
+    return {**relative, **{name: tensor.float() for name, tensor in align.run(victim, relative).tensors.items()}}
 
 
 def _base(relative: Mapping[str, torch.Tensor], victim: Victim) -> dict[str, torch.Tensor]:

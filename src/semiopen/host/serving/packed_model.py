@@ -67,6 +67,9 @@ class PackedModel:
         Raises:
             EnclaveError: the enclave refuses the step, or is gone; the cache is as it was then.
         """
+        unmixer = getattr(self.model, "unmixer", None)
+        if unmixer is not None:
+            unmixer.client = session  # there may be a new enclave since the last step
         inputs: dict[str, Any]
         if session is None:
             inputs = {"input_ids": torch.from_numpy(step.token_ids)[None].to(self.device)}

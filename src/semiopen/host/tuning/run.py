@@ -117,6 +117,11 @@ def tune(
     rows = read_rows(Path(data))
     model = load(bundle, keys, enclave, training_dtype(bundle, dtype), vendor_key, threads=threads, lease=lease)
     try:
+        if getattr(model, "unmixer", None) is not None:
+            raise SemiopenError(
+                "Attention of this bundle (kv: enclave) passes through the enclave, which tune closes before it "
+                "trains; train with PEFT on what semiopen.load gives, or ask for a bundle with kv folded."
+            )
         # Only now are the bundle's files known to be the vendor's.
         say(session_of(model).client.welcome.enclave)
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(bundle))
