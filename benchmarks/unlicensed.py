@@ -25,6 +25,7 @@ Each finished student is a line in --out, so that a stopped run goes on there; d
 
 import argparse
 import base64
+import itertools
 import json
 import statistics
 import sys
@@ -144,9 +145,10 @@ class Bench:
         """The system's own continuations of the openings of stories, sampled."""
         openings = [ids[:OPENING] for ids in encode(self.tokenizer, self.skills.stories("attack"), end=False)]
         order = np.random.default_rng(seed).permutation(len(openings))
-        for begin in range(0, len(order), 32):
+        for place in itertools.count(step=32):  # over all openings, and again with other draws
+            begin = place // 32 % -(-len(order) // 32) * 32
             ids = torch.tensor([openings[index] for index in order[begin : begin + 32]])
-            torch.manual_seed(seed + begin)
+            torch.manual_seed(seed + place)
             found = cast(Any, self.teacher).generate(
                 ids, do_sample=True, top_k=0, max_new_tokens=LENGTH, pad_token_id=self.tokenizer.pad_token_id
             )
