@@ -295,7 +295,8 @@ def seal(
             require_lease=require_lease,
             kv=kv.value if kv else None,
         )
-    err.print(f"Sealed {manifest.plan.prefix} of {manifest.num_layers} blocks and the embedding into {bundle}.")
+    parts = "the embedding and the head" if manifest.plan.head == "sealed" else "the embedding"
+    err.print(f"Sealed {manifest.plan.prefix} of {manifest.num_layers} blocks and {parts} into {bundle}.")
     if manifest.open_embedding:
         err.print("The embedding is tied to the open head, so its matrix is open as well; the blocks are sealed.")
     if manifest.lease_required:
