@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semiopen.errors import ProtocolError
-from semiopen.protocol.framing import MAX_PAYLOAD, FrameDecoder, encode_frame
+from semiopen.protocol.framing import MAX_PAYLOAD, PROTOCOL_VERSION, FrameDecoder, encode_frame
 from semiopen.protocol.messages import (
     REQUEST,
     Failed,
@@ -115,7 +115,7 @@ def test_decoder_gives_the_same_frames_for_every_way_to_cut_a_stream():
 def test_decoder_refuses_a_length_before_it_holds_the_payload():
     for length in (MAX_PAYLOAD + 1, 2**32 - 1):
         with pytest.raises(ProtocolError, match="exceeds the limit"):
-            FrameDecoder().feed(b"SOPN\0\1" + length.to_bytes(4, "big"))
+            FrameDecoder().feed(b"SOPN" + PROTOCOL_VERSION.to_bytes(2, "big") + length.to_bytes(4, "big"))
 
 
 def test_largest_frame_is_read(enclave, unharmed):

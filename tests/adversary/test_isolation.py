@@ -17,7 +17,7 @@ import json, mmap, os, signal, socket, struct, sys
 
 def ask(fields, wait=True):
     payload = json.dumps(fields).encode()
-    host.sendall(struct.pack(">4sHI", b"SOPN", 1, len(payload)) + payload)
+    host.sendall(struct.pack(">4sHI", b"SOPN", 2, len(payload)) + payload)
     return socket.recv_fds(host, 65536, 1)[:2] if wait else None
 
 host = socket.socket(socket.AF_UNIX)

@@ -410,7 +410,7 @@ def test_sealing_by_plan_and_by_solid(document, llama, keys, tmp_path, monkeypat
         semiopen.seal(tmp_path / "qwen", tmp_path / "no", keys, plan=tmp_path / "plan.json")
     with pytest.raises(ValueError, match="only one of them"):
         semiopen.seal(llama, tmp_path / "no", keys, prefix=1, plan=tmp_path / "plan.json")
-    with pytest.raises(ValueError, match="for the preset solid alone"):
+    with pytest.raises(ValueError, match="for presets that measure"):
         semiopen.seal(llama, tmp_path / "no", keys, prefix=1, texts=tmp_path / "t.txt")
     assert not (tmp_path / "no").exists()
 

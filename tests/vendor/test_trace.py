@@ -241,16 +241,16 @@ def test_no_two_entries_share_a_row_or_a_column():
 
 def test_from_seal_to_trace(tmp_path, keys):
     save_random_model("llama", tmp_path / "model", config=CONFIG)
-    for customer in ("acme", "bravo", "acme"):
+    for customer in ("golf", "hotel", "golf"):
         bundle = tmp_path / f"{customer}-{len(list(tmp_path.iterdir()))}"
         semiopen.seal(tmp_path / "model", bundle, keys, prefix=2, fold="keyed", customer=customer)
     records = {record.customer: record for record in read_customers(keys / "customers")}
-    assert len(records["acme"].bundles) == 2, "a second bundle is added to the first"
-    (bundle,) = tmp_path.glob("bravo-*")
+    assert len(records["golf"].bundles) == 2, "a second bundle is added to the first"
+    (bundle,) = tmp_path.glob("hotel-*")
     done = command("trace", bundle, "--registry", keys / "customers")
     assert done.returncode == 0
-    assert "bravo" in done.stdout
-    assert "acme" not in done.stdout
+    assert "hotel" in done.stdout
+    assert "golf" not in done.stdout
     assert "model.layers.1.mlp.up_proj.weight" in done.stdout
     done = command("trace", tmp_path / "model", "--registry", keys / "customers")
     assert done.stdout.count("none (nearest:") == 1
@@ -259,14 +259,14 @@ def test_from_seal_to_trace(tmp_path, keys):
     assert (done.returncode, "give --customer" in done.stderr) == (1, True)
     done = command(
         *("seal", tmp_path / "model", "--out", tmp_path / "b", "--keys", keys),
-        *("--prefix", 1, "--fold", "keyed", "--customer", "charlie"),
+        *("--prefix", 1, "--fold", "keyed", "--customer", "india"),
     )
     assert done.returncode == 0, done.stderr
     done = command("inspect", tmp_path / "b")
     assert "rotated by a dense orthogonal matrix" in done.stdout
-    assert "charlie" not in done.stdout
+    assert "india" not in done.stdout
     (finding,) = [one for one in trace(tmp_path / "b", keys / "customers") if one.found]
-    assert finding.customer == "charlie"
+    assert finding.customer == "india"
     assert finding.p < MATCH_PROBABILITY
 
 
