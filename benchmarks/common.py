@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import transformers
@@ -246,6 +246,17 @@ def print_machine(about: dict[str, Any]) -> None:
         f"{about['python']}, torch {about['torch']}, transformers {about['transformers']}; commit {about['commit']}; "
         f"{about['date']}; load {about['load_average']}"
     )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What a benchmark that resumes has found so far: one JSON object a line; none where the file is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_line(file: TextIO, line: dict[str, Any]) -> None:
+    """Keep one more finding, so that an interruption loses none."""
+    file.write(json.dumps(line) + "\n")
+    file.flush()
 
 
 def finish(result: dict[str, Any], out: Path | None) -> None:

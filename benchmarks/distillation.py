@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPO, machine, print_machine, print_table, progress
+from common import REPO, machine, print_machine, print_table, progress, read_lines, write_line
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 sys.path.insert(0, str(REPO))
@@ -248,16 +248,16 @@ def main() -> None:
             parser.error("give --texts FOLDER and at least one part, or --tables")
         torch.set_num_threads(options.threads)
         run(options)
-    tables(read(options.out))
+    tables(read_lines(options.out))
     if options.plot:
-        plot(read(options.out), options.plot)
+        plot(read_lines(options.out), options.plot)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run what is not done yet."""
     about = machine()
     print_machine(about)
-    done = {line["key"] for line in read(options.out)}
+    done = {line["key"] for line in read_lines(options.out)}
     index, count = map(int, options.shard.split("/"))
     cells = [cell for part in options.parts for cell in PARTS[part](options.quick)]
     cells.sort(key=lambda cell: cell.job.seed)  # all parts once, then again with the next seed
@@ -277,14 +277,8 @@ def run(options: argparse.Namespace) -> None:
                 "commit": about["commit"],
                 "outcome": outcome.model_dump(),
             }
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            write_line(file, line)
             bar.advance(overall)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The finished attacks."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def tables(lines: list[dict[str, Any]]) -> None:

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPO, machine, print_machine, progress
+from common import REPO, machine, print_machine, progress, read_lines, write_line
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from semiopen.audit.kv import (
@@ -370,14 +370,14 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="only print what --out holds, in Markdown")
     options = parser.parse_args()
     if options.tables:
-        tables(read(options.out))
+        tables(read_lines(options.out))
         return
     if options.texts is None:
         parser.error("give --texts FOLDER, or --tables")
     torch.set_num_threads(options.threads)
     about = machine()
     print_machine(about)
-    done = {line["key"] for line in read(options.out)}
+    done = {line["key"] for line in read_lines(options.out)}
     plans = options.plans or list(PLANS)
     left = [cell for cell in cells(options.seeds) if cell.key not in done and cell.plan in plans]
     bench = Bench(options.texts)
@@ -389,15 +389,9 @@ def main() -> None:
             started = time.process_time()
             line = {"key": cell.key, **asdict(cell), "commit": about["commit"], **bench.run(cell)}
             line["cpu_seconds"] = round(time.process_time() - started, 2)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            write_line(file, line)
             bar.advance(task)
-    tables(read(options.out))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The finished attacks."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    tables(read_lines(options.out))
 
 
 def tables(lines: list[dict[str, Any]]) -> None:

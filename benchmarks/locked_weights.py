@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPO, machine, print_machine, progress
+from common import REPO, machine, print_machine, progress, read_lines, write_line
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 sys.path.insert(0, str(REPO))
@@ -425,14 +425,14 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="only print what --out holds, in Markdown")
     options = parser.parse_args()
     if options.tables:
-        tables(read(options.out))
+        tables(read_lines(options.out))
         return
     if options.texts is None:
         parser.error("give --texts FOLDER, or --tables")
     torch.set_num_threads(options.threads)
     about = machine()
     print_machine(about)
-    done = {line["key"] for line in read(options.out)}
+    done = {line["key"] for line in read_lines(options.out)}
     left = [cell for cell in cells(options.keys) if cell.key not in done and cell.attack.startswith(options.only)]
     bench = Bench(options.texts)
     with progress() as bar, options.out.open("a") as file:
@@ -443,15 +443,9 @@ def main() -> None:
             started = time.monotonic()
             line = {"key": cell.key, **vars(cell), "commit": about["commit"], **bench.run(cell)}
             line["seconds"] = round(time.monotonic() - started, 2)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            write_line(file, line)
             bar.advance(task)
-    tables(read(options.out))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The finished attacks."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    tables(read_lines(options.out))
 
 
 def tables(lines: list[dict[str, Any]]) -> None:

@@ -39,7 +39,19 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from common import REPO, machine, make_keys, print_machine, print_table, progress, say, seal, workspace
+from common import (
+    REPO,
+    machine,
+    make_keys,
+    print_machine,
+    print_table,
+    progress,
+    read_lines,
+    say,
+    seal,
+    workspace,
+    write_line,
+)
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -330,7 +342,7 @@ def run(options: argparse.Namespace) -> None:
     """Run what is not done yet."""
     about = machine()
     print_machine(about)
-    done = {line["key"] for line in read(options.out)}
+    done = {line["key"] for line in read_lines(options.out)}
     left = [cell for cell in cells(options.cells, options.seeds, options.budgets) if cell.key not in done]
     with workspace() as space, progress() as bar, options.out.open("a") as file:
         bench = Bench(options.texts, space, options.rows, options.steps, options.limit)
@@ -344,15 +356,9 @@ def run(options: argparse.Namespace) -> None:
                 say(f"{cell.name}: not run, as there is no {error.name}")
                 continue
             line = {"key": cell.key, **cell.__dict__, "commit": about["commit"], "outcome": outcome}
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            write_line(file, line)
             bar.advance(overall)
             bar.refresh()
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The finished students."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def tables(lines: list[dict[str, Any]]) -> None:
@@ -450,9 +456,9 @@ def main() -> None:
         if options.texts is None:
             parser.error("give --texts FOLDER, or --tables")
         run(options)
-    tables(read(options.out))
+    tables(read_lines(options.out))
     if options.plot:
-        plot(read(options.out), options.plot)
+        plot(read_lines(options.out), options.plot)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,48 @@ class ScheduleKind(StrEnum):
     constant = "constant"
 
 
+# What training commands share.
+Data = Annotated[
+    Path,
+    typer.Option(help="Your data: JSON Lines (.jsonl) or plain text (.txt). It stays here.", show_default=False),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(help="Longest example in tokens; longer ones lose their end. \\[default: the context, 1024 at most]"),
+]
+LossOption = Annotated[
+    LossKind,
+    typer.Option(help="What to learn: completions and the assistant's turns, or all tokens. Of a text, all."),
+]
+Epochs = Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=TRAINING)]
+LearningRate = Annotated[float, typer.Option(help="Highest learning rate.", rich_help_panel=TRAINING)]
+Schedule = Annotated[ScheduleKind, typer.Option(help="How the rate falls after its warm-up.", rich_help_panel=TRAINING)]
+WarmUp = Annotated[
+    float, typer.Option(help="Share of all steps in which the rate rises.", min=0, rich_help_panel=TRAINING)
+]
+Accumulate = Annotated[int, typer.Option(help="Batches of one step of the optimiser.", min=1, rich_help_panel=TRAINING)]
+WeightDecay = Annotated[float, typer.Option(help="Of AdamW.", min=0, rich_help_panel=TRAINING)]
+GradientCheckpointing = Annotated[
+    bool,
+    typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=TRAINING),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=KEPT)]
+SaveEvery = Annotated[
+    int, typer.Option(help="Steps between checkpoints, which --resume needs.", min=1, rich_help_panel=KEPT)
+]
+Work = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of what a resumed run needs; removed at the end. \\[default: OUT.work]", rich_help_panel=KEPT
+    ),
+]
+SummaryAsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
+TrainingDType = Annotated[
+    str | None,
+    typer.Option(help="float32 or bfloat16; the bundle's own when left out, float32 where that is float16."),
+]
+
+
 class StatesKind(StrEnum):
     """Where the states of private data are kept while tuning."""
 
@@ -830,14 +872,8 @@ def serve(
     """
     _check_enclave_given(keys, enclave)
     _settle_threads(threads)
-    try:
+    with _extra("Serving", "serve"):
         from semiopen.host.serving import launch
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("semiopen"):
-            raise
-        raise SemiopenError(
-            f"Serving needs the package {error.name}; install it with: pip install 'semiopen[serve]'"
-        ) from None
     options = launch.Options(
         bundle=bundle,
         keys=keys,
@@ -872,47 +908,27 @@ def serve(
 @app.command()
 def tune(
     bundle: Bundle,
-    data: Annotated[
-        Path,
-        typer.Option(help="Your data: JSON Lines (.jsonl) or plain text (.txt). It stays here.", show_default=False),
-    ],
+    data: Data,
     adapter: Annotated[Path, typer.Option("--out", help="Folder of the adapter; must not exist.", show_default=False)],
     keys: Keys = None,
     enclave: Enclave = None,
     lease: Lease = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Longest example in tokens; longer ones lose their end. \\[default: the context, 1024 at most]"
-        ),
-    ] = None,
-    loss: Annotated[
-        LossKind,
-        typer.Option(help="What to learn: completions and the assistant's turns, or all tokens. Of a text, all."),
-    ] = LossKind.completion,
+    max_length: MaxLength = None,
+    loss: LossOption = LossKind.completion,
     eval_share: Annotated[
         float, typer.Option(help="Share of the examples held back, to tell the loss on. 0 for none.", min=0, max=0.9)
     ] = 0.05,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=TRAINING)] = 3.0,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.", rich_help_panel=TRAINING)] = 2e-4,
-    schedule: Annotated[
-        ScheduleKind, typer.Option(help="How the rate falls after its warm-up.", rich_help_panel=TRAINING)
-    ] = ScheduleKind.cosine,
-    warmup: Annotated[
-        float, typer.Option(help="Share of all steps in which the rate rises.", min=0, rich_help_panel=TRAINING)
-    ] = 0.03,
+    epochs: Epochs = 3.0,
+    lr: LearningRate = 2e-4,
+    schedule: Schedule = ScheduleKind.cosine,
+    warmup: WarmUp = 0.03,
     batch_size: Annotated[
         int, typer.Option(help="Examples in the model at once.", min=1, rich_help_panel=TRAINING)
     ] = 8,
-    accumulate: Annotated[
-        int, typer.Option(help="Batches of one step of the optimiser.", min=1, rich_help_panel=TRAINING)
-    ] = 1,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", min=0, rich_help_panel=TRAINING)] = 0.0,
+    accumulate: Accumulate = 1,
+    weight_decay: WeightDecay = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same adapter.", min=0, rich_help_panel=TRAINING)] = 0,
-    gradient_checkpointing: Annotated[
-        bool,
-        typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=TRAINING),
-    ] = False,
+    gradient_checkpointing: GradientCheckpointing = False,
     rank: Annotated[int, typer.Option(help="Rank of LoRA.", min=1, rich_help_panel=TRAINING)] = 16,
     alpha: Annotated[
         float | None,
@@ -923,18 +939,9 @@ def tune(
         str,
         typer.Option(help="Modules to adapt: names with commas, such as q_proj,v_proj.", rich_help_panel=TRAINING),
     ] = "all-linear",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=KEPT)
-    ] = False,
-    save_every: Annotated[
-        int, typer.Option(help="Steps between checkpoints, which --resume needs.", min=1, rich_help_panel=KEPT)
-    ] = 100,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of what a resumed run needs; removed at the end. \\[default: OUT.work]", rich_help_panel=KEPT
-        ),
-    ] = None,
+    resume: Resume = False,
+    save_every: SaveEvery = 100,
+    work: Work = None,
     states: Annotated[
         StatesKind,
         typer.Option(
@@ -950,11 +957,8 @@ def tune(
             rich_help_panel=KEPT,
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32 or bfloat16; the bundle's own when left out, float32 where that is float16."),
-    ] = None,
+    as_json: SummaryAsJson = False,
+    dtype: TrainingDType = None,
     threads: Threads = 0,
 ) -> None:
     """Fine-tune the open blocks on private data (LoRA). The data stays here; the enclave sees each example once.
@@ -971,16 +975,9 @@ def tune(
     """
     _check_enclave_given(keys, enclave)
     _settle_threads(threads)
-    with err.status("Preparing ..."):
-        try:
-            from semiopen.host.tuning import run
-            from semiopen.host.tuning.settings import TuneSettings
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith("semiopen"):
-                raise
-            raise SemiopenError(
-                f"Tuning needs the package {error.name}; install it with: pip install 'semiopen[tune]'"
-            ) from None
+    with err.status("Preparing ..."), _extra("Tuning", "tune"):
+        from semiopen.host.tuning import run
+        from semiopen.host.tuning.settings import TuneSettings
     settings = TuneSettings(
         rank=rank,
         alpha=alpha or 2 * rank,
@@ -1040,10 +1037,7 @@ def distil(
         Path,
         typer.Option(help="Folder of the model to train; its vocabulary is the bundle's.", show_default=False),
     ],
-    data: Annotated[
-        Path,
-        typer.Option(help="Your data: JSON Lines (.jsonl) or plain text (.txt). It stays here.", show_default=False),
-    ],
+    data: Data,
     to: Annotated[
         Path, typer.Option("--out", help="Folder of the trained student; must not exist.", show_default=False)
     ],
@@ -1068,39 +1062,22 @@ def distil(
         float, typer.Option(help="Share of the batches in which the student writes the completions.", min=0, max=1)
     ] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion that the student writes.", min=1)] = 128,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Longest example in tokens; longer ones lose their end. \\[default: the context, 1024 at most]"
-        ),
-    ] = None,
-    loss: Annotated[
-        LossKind,
-        typer.Option(help="What to learn: completions and the assistant's turns, or all tokens. Of a text, all."),
-    ] = LossKind.completion,
+    max_length: MaxLength = None,
+    loss: LossOption = LossKind.completion,
     eval_share: Annotated[
         float, typer.Option(help="Share of the examples held back, to compare on. 0 for none.", min=0, max=0.9)
     ] = 0.05,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.", rich_help_panel=TRAINING)] = 3.0,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.", rich_help_panel=TRAINING)] = 2e-4,
-    schedule: Annotated[
-        ScheduleKind, typer.Option(help="How the rate falls after its warm-up.", rich_help_panel=TRAINING)
-    ] = ScheduleKind.cosine,
-    warmup: Annotated[
-        float, typer.Option(help="Share of all steps in which the rate rises.", min=0, rich_help_panel=TRAINING)
-    ] = 0.03,
+    epochs: Epochs = 3.0,
+    lr: LearningRate = 2e-4,
+    schedule: Schedule = ScheduleKind.cosine,
+    warmup: WarmUp = 0.03,
     batch_size: Annotated[
         int, typer.Option(help="Examples in the models at once.", min=1, rich_help_panel=TRAINING)
     ] = 8,
-    accumulate: Annotated[
-        int, typer.Option(help="Batches of one step of the optimiser.", min=1, rich_help_panel=TRAINING)
-    ] = 1,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", min=0, rich_help_panel=TRAINING)] = 0.0,
+    accumulate: Accumulate = 1,
+    weight_decay: WeightDecay = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same student.", min=0, rich_help_panel=TRAINING)] = 0,
-    gradient_checkpointing: Annotated[
-        bool,
-        typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=TRAINING),
-    ] = False,
+    gradient_checkpointing: GradientCheckpointing = False,
     lora_rank: Annotated[
         int | None,
         typer.Option(
@@ -1109,23 +1086,11 @@ def distil(
             rich_help_panel=TRAINING,
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=KEPT)
-    ] = False,
-    save_every: Annotated[
-        int, typer.Option(help="Steps between checkpoints, which --resume needs.", min=1, rich_help_panel=KEPT)
-    ] = 100,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of what a resumed run needs; removed at the end. \\[default: OUT.work]", rich_help_panel=KEPT
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32 or bfloat16; the bundle's own when left out, float32 where that is float16."),
-    ] = None,
+    resume: Resume = False,
+    save_every: SaveEvery = 100,
+    work: Work = None,
+    as_json: SummaryAsJson = False,
+    dtype: TrainingDType = None,
     threads: Threads = 0,
 ) -> None:
     """Train a smaller model on a bundle as its teacher. Data, teacher and student stay on this machine.
@@ -1136,16 +1101,9 @@ def distil(
     """
     _check_enclave_given(keys, enclave)
     _settle_threads(threads)
-    with err.status("Preparing ..."):
-        try:
-            from semiopen.host.distilling import run
-            from semiopen.host.distilling.settings import DistilSettings
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith("semiopen"):
-                raise
-            raise SemiopenError(
-                f"Distilling needs the package {error.name}; install it with: pip install 'semiopen[distil]'"
-            ) from None
+    with err.status("Preparing ..."), _extra("Distilling", "distil"):
+        from semiopen.host.distilling import run
+        from semiopen.host.distilling.settings import DistilSettings
     settings = DistilSettings(
         divergence=divergence.value,
         beta=beta,
@@ -1383,6 +1341,19 @@ def audit(
 def _check_enclave_given(keys: Path | None, enclave: Path | None) -> None:
     if keys is None and enclave is None:
         raise SemiopenError("Give --keys FOLDER to start a dev enclave, or --enclave SOCKET of a running one.")
+
+
+@contextlib.contextmanager
+def _extra(what: str, name: str) -> Iterator[None]:
+    """Where an import needs packages that only `semiopen[name]` brings."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("semiopen"):
+            raise
+        raise SemiopenError(
+            f"{what} needs the package {error.name}; install it with: pip install 'semiopen[{name}]'"
+        ) from None
 
 
 def _settle_threads(threads: int) -> None:

@@ -434,9 +434,10 @@ def check_choice(request: Choose, arrays: SharedArrays, layout: Layout, limits: 
         settings = arrays.settings[: request.rows].astype(np.float64)
     choices = arrays.choices[: request.rows].astype(np.int64)
     at = arrays.history_at[: request.rows].astype(np.int64)
-    low, high = np.array(_RANGES, dtype=np.float32).T  # as the host sends them: 0.01 is a little less there
+    # As the host sends them: 0.01 is a little less there.
+    low, high = np.array(list(SETTINGS.values()), dtype=np.float32).T
     if not (np.isfinite(settings) & (settings >= low) & (settings <= high)).all():
-        allowed = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in zip(SETTINGS, _RANGES, strict=True))
+        allowed = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in SETTINGS.items())
         raise Refused("shape", f"A setting of the choice is out of range: {allowed}.")
     if (choices[:, 0] < 0).any() or (choices[:, 3] < 0).any():
         raise Refused("shape", "top_k and a token's number must not be negative.")
@@ -485,7 +486,3 @@ def check_unmix(request: Unmix, layout: Layout, limits: Limits) -> None:
         raise Refused("shape", f"This bundle has {limits.mixed_blocks} open blocks; number them from 0.")
     if request.rows > layout.attention_rows:
         raise Refused("shape", "The request has more rows than the session was opened for; split it.")
-
-
-# Of temperature, top_p, min_p, and the penalties: repetition, presence, frequency.
-_RANGES = ((0.0, 1e6), (0.0, 1.0), (0.0, 1.0), (0.01, 100.0), (-100.0, 100.0), (-100.0, 100.0))

@@ -293,6 +293,15 @@ class EnclaveClient:
                 found.append(arrays.chosen[: len(part)].astype(np.int64))
         return np.concatenate(found)
 
+    def word_order(self, vocab_size: int) -> torch.Tensor:
+        """The shuffled number [V] int64 of each true word of a shuffled head.
+
+        Raises:
+            EnclaveError: `lease`: without the right to all logits each word counts, and there are not enough left.
+        """
+        true = torch.from_numpy(self.reveal(np.arange(vocab_size)))
+        return torch.empty_like(true).scatter_(0, true, torch.arange(vocab_size))
+
     def unmix(self, block: int, attention: torch.Tensor, back: bool = False) -> torch.Tensor:
         """Attention [R, A] of an open block in its true order, on the CPU; with `back` the other way round.
 

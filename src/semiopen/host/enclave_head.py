@@ -123,8 +123,7 @@ class ShuffledHead(EnclaveHead):
             EnclaveError: `lease`: without the right to all logits each word counts, and there are not enough left.
         """
         if self._order is None:
-            true = torch.from_numpy(self.client.reveal(np.arange(self._vocab_size)))
-            self._order = torch.empty_like(true).scatter_(0, true, torch.arange(len(true)))
+            self._order = self.client.word_order(self._vocab_size)
         return self._order
 
     def _choose_here(self, logits: torch.Tensor, generating: Generating) -> np.ndarray:

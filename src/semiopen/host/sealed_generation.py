@@ -69,10 +69,10 @@ def check(config: GenerationConfig, kwargs: dict[str, Any], penalties: bool) -> 
     refused = list(_refused(config, kwargs))
     if not penalties and config.repetition_penalty not in (None, 1.0):
         refused.append("repetition_penalty")
-    for name in refused[:1]:
+    if refused:
         raise UnsupportedCallError(
-            f"{name} needs logits, which the lease does not allow; leave it out, or ask the vendor for a lease with "
-            "logits."
+            f"{refused[0]} needs logits, which the lease does not allow; leave it out, or ask the vendor for a lease "
+            "with logits."
         )
 
 

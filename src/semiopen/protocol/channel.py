@@ -34,7 +34,15 @@ from math import prod
 import numpy as np
 import torch
 
-SETTINGS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+# The numbers of a choice, each with the range that an enclave takes.
+SETTINGS = {
+    "temperature": (0.0, 1e6),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition": (0.01, 100.0),
+    "presence": (-100.0, 100.0),
+    "frequency": (-100.0, 100.0),
+}
 _STATES = ("hidden", "states", "attention")  # in the enclave's dtype
 _ALIGN = 4096  # each region starts on a page of its own
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL

@@ -25,7 +25,7 @@ from semiopen.model.sealed_tensors import SHUFFLE_NAME, UNMIX_NAME
 from semiopen.model.split import Part, Split, check_supported, split_config
 from semiopen.model.symmetries import TIED_HEAD_NAME, Fold
 from semiopen.vendor.fold import check_customer, fold_checkpoint, fold_secret
-from semiopen.vendor.shuffle import draw_order, shuffle_words
+from semiopen.vendor.shuffle import draw_order
 from semiopen.vendor.sketch import REGISTRY_NAME, BundleRecord, Sketch, make_registry, register
 from semiopen.version import VERSION
 
@@ -162,7 +162,8 @@ def seal(
 
 
 def _shuffled(split: Split, name: str, tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return shuffle_words(tensor, order) if name.split(".")[0] in split.family.heads else tensor
+    """A tensor of the open side; the weight [V, H] or bias [V] of the head with its words in that order."""
+    return tensor[order] if name.split(".")[0] in split.family.heads else tensor
 
 
 def _check_customer(fold: FoldKind, customer: str | None) -> None:

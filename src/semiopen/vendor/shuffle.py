@@ -11,8 +11,3 @@ def draw_order(vocab_size: int) -> torch.Tensor:
     order = list(range(vocab_size))
     generator.shuffle(order)
     return torch.tensor(order)
-
-
-def shuffle_words(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Weight [V, H] or bias [V] of a projection with its words in that order."""
-    return tensor[order]

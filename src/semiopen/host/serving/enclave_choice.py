@@ -20,16 +20,17 @@ from semiopen.host.client import EnclaveClient, RowChoice
 from semiopen.host.serving.engine import LeaseRefused, RequestRefused, Sampling, TokenLogprob
 from semiopen.host.serving.sampling import Sampler, choose
 from semiopen.model.plan import Head
+from semiopen.protocol.channel import SETTINGS
 
 T = TypeVar("T")
 SEED_BITS = 62
 
-# What an enclave takes; narrower than what `check_sampling` lets through.
-_RANGES = {
-    "temperature": (0.0, 1e6),
-    "repetition_penalty": (0.01, 100.0),
-    "presence_penalty": (-100.0, 100.0),
-    "frequency_penalty": (-100.0, 100.0),
+# What an enclave takes is narrower than what `check_sampling` lets through.
+_IN_THE_ENCLAVE = {
+    "temperature": "temperature",
+    "repetition_penalty": "repetition",
+    "presence_penalty": "presence",
+    "frequency_penalty": "frequency",
 }
 
 
@@ -79,7 +80,8 @@ def check_rights(sampling: Sampling, head: Head, rights: Rights) -> None:
             raise LeaseRefused(
                 f"The lease allows log-probabilities of the {rights.top_k} likeliest tokens; ask for less."
             )
-    for name, (low, high) in _RANGES.items():
+    for name, there in _IN_THE_ENCLAVE.items():
+        low, high = SETTINGS[there]
         if not low <= getattr(sampling, name) <= high:
             raise RequestRefused(f"{name} is out of range; give a number from {low:g} to {high:g}.")
 
@@ -142,8 +144,7 @@ class EnclaveHeadLink:
         if self.kind == "sealed":
             return self._client.score(output)
         if self._order is None:
-            true = torch.from_numpy(self._client.reveal(np.arange(output.shape[1])))
-            self._order = torch.empty_like(true).scatter_(0, true, torch.arange(len(true))).to(output.device)
+            self._order = self._client.word_order(output.shape[1]).to(output.device)
         return output[:, self._order]
 
     def choose(self, output: torch.Tensor, texts: Sequence[Text]) -> tuple[list[int], dict[int, TokenLogprob]]:
