@@ -201,6 +201,7 @@ class Attack(StrEnum):
     ft_closed = "ft_closed"
     ft_all = "ft_all"
     base_graft = "base_graft"
+    weights = "weights"
     kv = "kv"
 
 
@@ -862,6 +863,12 @@ def serve(
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file to use instead of the model's chat template.")
     ] = None,
+    share_prefixes: Annotated[
+        bool, typer.Option("--share-prefixes", help="Let API keys share what others' prompts begin with, and see it.")
+    ] = False,
+    forget_after: Annotated[
+        float | None, typer.Option(help="Seconds without a request after which kept texts are wiped.", min=0.1)
+    ] = None,
     dtype: DTypeOption = None,
     threads: Threads = 0,
 ) -> None:
@@ -894,6 +901,8 @@ def serve(
         lease=lease,
         dtype=dtype,
         threads=threads,
+        share_prefixes=share_prefixes,
+        forget_after=forget_after,
     )
     # By default SIGTERM ends Python at once, and what was started for this command would go on without it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -1232,8 +1241,8 @@ def audit(
         list[Attack] | None,
         typer.Option(
             help="May be given several times. sem fits the sealed blocks to their states; ft_closed and ft_all train "
-            "through the whole model; base_graft needs --public-base; none asks nothing, and always runs; kv reads "
-            "conversations from the cache. "
+            "through the whole model; base_graft needs --public-base; none asks nothing, and always runs; weights "
+            "takes the files by themselves; kv reads conversations from the cache. "
             "\\[default: sem, ft_closed and ft_all; --quick: sem]",
             show_default=False,
         ),
@@ -1279,6 +1288,9 @@ def audit(
     threads: Threads = 0,
 ) -> None:
     """Attack a bundle through its enclave: how many tokens buy a copy, and what is a lease to allow?
+
+    With a head that is not open, --keys must be the vendor's, as the audit writes itself a lease to mark with; --lease
+    then says what the thief may do, by default what `lease new` gives: tokens, no logits.
 
     Writes report.html (one page, for people), report.json and outcomes.jsonl. Every claim gets a verdict: it holds,
     it is broken, or it is not shown. A broken claim is a result, not an error: the exit status is 0.

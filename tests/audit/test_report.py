@@ -150,7 +150,7 @@ def test_seeds_widen_an_interval():
 def test_an_attack_that_wins_breaks_the_claim():
     found = judged(made_up(WINNING))
     assert found["prefix"].status == found["sem"].status == "broken"
-    assert "A prefix of 2 blocks and the embedding protects about" in found["prefix"].words
+    assert "Sealing a prefix of 2 blocks and the embedding protects about" in found["prefix"].words
     assert "95% interval" in found["prefix"].words
     assert found["ft_closed"].status == found["ft_all"].status == "holds"
     assert [figure.name for figure in found["prefix"].figures[:4]] == [

@@ -22,6 +22,7 @@ def imitate(
     settings: Settings,
     seed: int,
     report: Report | None,
+    told: torch.Tensor | None = None,
 ) -> Theft:
     """Train parameters of the thief's model until it answers as the victim.
 
@@ -34,7 +35,10 @@ def imitate(
         labels: "soft": the divergence from the victim's whole distribution after each token; "hard": the victim's
             likeliest token alone.
         settings, seed, report: see `fit`.
+        told: [N, T] the tokens that a sealed head gave for the queries; then there are no other labels.
     """
+    if told is not None:
+        return _repeat(thief, parameters, victim.model_input(queries), told, settings, seed, report)
     x, states = victim.model_input(queries), victim.query(queries)
     upper = upper_part(victim)
 
@@ -47,3 +51,20 @@ def imitate(
         return F.kl_div(logits.log_softmax(-1), truth.log_softmax(-1), log_target=True, reduction="batchmean")
 
     return Theft(thief, fit(parameters, loss_of, len(queries), settings, seed, report))
+
+
+def _repeat(
+    thief: PreTrainedModel,
+    parameters: list[torch.nn.Parameter],
+    x: torch.Tensor,
+    told: torch.Tensor,
+    settings: Settings,
+    seed: int,
+    report: Report | None,
+) -> Theft:
+    """Train until the thief's model says the tokens [N, T] that it was told."""
+
+    def loss_of(rows: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(answer(thief, x[rows]).flatten(0, 1), told[rows].flatten())
+
+    return Theft(thief, fit(parameters, loss_of, len(x), settings, seed, report))

@@ -6,11 +6,13 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from semiopen.audit.victim import SealedSet, Spent
+from semiopen.audit.victim import SealedSet, Spent, Victim
 from semiopen.auto_classes import SemiopenConfig
 from semiopen.bundle.manifest import Manifest
+from semiopen.host.client import EnclaveClient
 from semiopen.host.modeling import SemiopenModel, agree_on_score_cap
-from semiopen.model.families import FAMILIES
+from semiopen.model.families import FAMILIES, attention_size
+from semiopen.model.kv_symmetries import OUTPUTS
 from semiopen.model.parts import rename
 from semiopen.model.split import join_layers
 
@@ -33,7 +35,8 @@ class BundleVictim:
             rename(name, f"{decoder}.{family.layers}", prefix): tensor.detach().float()
             for name, tensor in model.state_dict().items()
         }
-        if manifest.open_embedding:
+        # Behind a shuffled head, nobody can name the rows of an embedding that is tied to it.
+        if manifest.open_embedding and manifest.plan.head == "open":
             self.open_tensors[f"{decoder}.{family.embedding}.weight"] = self.open_tensors["lm_head.weight"]
         self.sealed = SealedSet.prefix(prefix)
         self._model = model
@@ -49,3 +52,30 @@ class BundleVictim:
     def model_input(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Victim.model_input`."""
         return ids
+
+
+def attention_in_order(victim: Victim, client: EnclaveClient) -> dict[str, torch.Tensor]:
+    """Output projections of the open blocks that read attention as it lies in the cache, where the enclave orders it.
+
+    Two rows of numbers, sent through each block's order, tell it. No lease counts that.
+
+    Raises:
+        EnclaveError: the enclave refuses, or is gone.
+    """
+    size = attention_size(victim.config)
+    numbers = torch.arange(size)
+    rows = torch.stack([numbers % 256, numbers // 256]).float()  # exact in every dtype
+    found = {}
+    for block in range(client.welcome.mixed_blocks):
+        low, high = client.unmix(block, rows).long()
+        places = low + 256 * high
+        number = victim.sealed.stop + block
+        name = next(name for name in victim.open_tensors for stem in OUTPUTS if f".{number}.{stem}.weight" in name)
+        weight = victim.open_tensors[name]
+        ordered = torch.empty_like(weight)
+        if victim.config.model_type == "gpt2":  # stored the other way round
+            ordered[places] = weight
+        else:
+            ordered[:, places] = weight
+        found[name] = ordered
+    return found

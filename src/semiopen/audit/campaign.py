@@ -4,22 +4,22 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedModel
 
 from semiopen.audit.attacks import base_graft, ft_all, ft_closed, sem
-from semiopen.audit.score import Exam, score
-from semiopen.audit.thief import Theft, start_model
+from semiopen.audit.score import Exam, Score, score
+from semiopen.audit.thief import Theft, start_model, upper_part
 from semiopen.audit.training import Report, Settings
-from semiopen.audit.victim import Victim
+from semiopen.audit.victim import Informed, Remembering, Victim
 from semiopen.errors import SemiopenError
 
-AttackName = Literal["none", "sem", "ft_closed", "ft_all", "base_graft"]
+AttackName = Literal["none", "sem", "ft_closed", "ft_all", "base_graft", "head"]
 LabelName = Literal["none", "states", "soft", "hard"]
 StartName = Literal["noise", "base"]
 
@@ -27,7 +27,10 @@ Progress = Callable[[str, int, int], None]  # which attack runs, its optimiser s
 
 
 class Job(BaseModel):
-    """One attack to run. `queries` counts sequences; `control` marks a run that the attack must win."""
+    """One attack to run. `queries` counts sequences; `control` marks a run that the attack must win.
+
+    `head` is run as a control alone: all others learn a head that is not open besides.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -55,6 +58,8 @@ class Outcome(BaseModel):
         steps, rate, seconds: of its training.
         score: see `audit.score.Score`.
         skills: scores of skills by name, where the caller had some.
+        answers: that a head which is not open was asked: tokens, rows of logits, words named.
+        head: agreement of the head that was found, on the true states; None where the head is open, or none was found.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -67,6 +72,46 @@ class Outcome(BaseModel):
     seconds: float
     score: dict[str, float]
     skills: dict[str, float] = {}
+    answers: int = 0
+    head: float | None = None
+
+
+@dataclass(frozen=True)
+class FoundHead:
+    """What a thief has of a head that is not open.
+
+    Attributes:
+        tensors: under the whole model's names; none where nothing was given out.
+        told: [N, T] the tokens that it gave for the queries, where they are all that he learns from.
+        answers: that he asked for.
+        steps: of training.
+    """
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    told: torch.Tensor | None = None
+    answers: int = 0
+    steps: int = 0
+
+
+class HeadAttack(Protocol):
+    """How a head that is not open is attacked; see `audit.heads`."""
+
+    def find(
+        self,
+        victim: Victim,
+        queries: torch.Tensor,
+        seed: int,
+        base: Mapping[str, torch.Tensor] | None,
+        report: Report | None,
+    ) -> FoundHead:
+        """What a thief has of it after these queries [N, T]."""
+        ...
+
+    def control(
+        self, victim: Victim, queries: torch.Tensor, exam: Exam, seed: int, report: Report | None
+    ) -> tuple[Score, int]:
+        """How the same attack does on a head that must be found, and its optimiser steps."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -81,6 +126,7 @@ class Campaign:
         base: weights of a public relative, under the victim's names.
         skills: further marks of a thief's model, by name.
         control: plays the victim of jobs marked so; see `audit.victim.OpenPart`.
+        head: how its head is attacked, where it is not open.
     """
 
     victim: Victim
@@ -91,27 +137,62 @@ class Campaign:
     skills: Callable[[PreTrainedModel], dict[str, float]] | None = None
     control: Victim | None = None
     control_exam: Exam | None = None
+    head: HeadAttack | None = None
 
     def run(self, job: Job, report: Report | None = None) -> Outcome:
         """Run one attack from its start."""
+        if job.attack == "head":
+            return self._run_head_control(job, report)
         started = time.monotonic()
-        victim, exam = self.victim, self.exam
+        victim, exam, queries = self.victim, self.exam, self.queries[: job.queries]
         if job.control:
             assert self.control is not None and self.control_exam is not None, "a control needs its victim"
             victim, exam = self.control, self.control_exam
         before = victim.spent.tokens
-        theft = _attack(job, victim, self.queries[: job.queries], self.settings, self.base, report)
+        found = FoundHead()
+        if self.head is not None and not job.control and job.attack != "none":
+            victim = Remembering(victim)
+            base = self.base if job.start == "base" else None
+            found = self.head.find(victim, queries, job.seed, base, _half(report, 0))
+            report = _half(report, 1)
+        theft = _attack(job, victim, queries, self.settings, self.base, report, found)
         fit = theft.fit
         return Outcome(
             job=job,
             sealed=str(victim.sealed),
             tokens=victim.spent.tokens - before,
-            steps=fit.steps if fit else 0,
+            steps=(fit.steps if fit else 0) + found.steps,
             rate=fit.rate if fit else None,
             seconds=round(time.monotonic() - started, 2),
             score=score(theft.model, exam).to_dict(),
             skills=self.skills(theft.model) if self.skills and not job.control else {},
+            answers=found.answers,
+            head=self._mark_head(found) if found.tensors else None,
         )
+
+    def _mark_head(self, found: FoundHead) -> float:
+        """Agreement of whoever is given all that lies below the head."""
+        upper = upper_part(Informed(self.victim, found.tensors))
+        return score(upper.model, self.exam.below_the_head()).agreement
+
+    def _run_head_control(self, job: Job, report: Report | None) -> Outcome:
+        assert self.head is not None and job.control, "the head is attacked by itself as a control alone"
+        started, before = time.monotonic(), self.victim.spent.tokens
+        marks, steps = self.head.control(self.victim, self.queries[: job.queries], self.exam, job.seed, report)
+        return Outcome(
+            job=job,
+            sealed="a head made for this",
+            tokens=self.victim.spent.tokens - before,
+            steps=steps,
+            rate=None,
+            seconds=round(time.monotonic() - started, 2),
+            score=marks.to_dict(),
+        )
+
+
+def _half(report: Report | None, part: int) -> Report | None:
+    """Reports of one of two trainings as those of a half."""
+    return report and (lambda done, total: report(done + part * total, 2 * total))
 
 
 def _attack(
@@ -121,22 +202,33 @@ def _attack(
     settings: Settings,
     base: Mapping[str, torch.Tensor] | None,
     report: Report | None,
+    found: FoundHead,
 ) -> Theft:
     start = base if job.start == "base" else None
     if job.start == "base" and base is None:
         raise SemiopenError("This attack starts from a public relative; give one.")
     if job.attack == "none":
         return Theft(start_model(victim, job.seed))
+    informed = Informed(victim, found.tensors)
     if job.attack == "base_graft":
-        return base_graft.run(victim, start or {})
+        return base_graft.run(informed, start or {})
     if job.attack == "sem":
-        return sem.run(victim, queries, settings, job.seed, start, report)
+        return sem.run(informed, queries, settings, job.seed, start, report)
     run = ft_closed.run if job.attack == "ft_closed" else ft_all.run
-    return run(victim, queries, settings, job.seed, start, report, labels="hard" if job.labels == "hard" else "soft")
+    labels = "hard" if job.labels == "hard" else "soft"
+    if found.told is None:  # the head is open, or as good as open
+        return run(informed, queries, settings, job.seed, start, report, labels)
+    return run(victim, queries, settings, job.seed, start, report, labels, found.tensors, found.told)
 
 
 def plan_jobs(
-    attacks: list[AttackName], budgets: list[int], seeds: list[int], has_base: bool, control: bool = True
+    attacks: list[AttackName],
+    budgets: list[int],
+    seeds: list[int],
+    has_base: bool,
+    control: bool = True,
+    labels: tuple[LabelName, ...] = ("soft", "hard"),
+    head: bool = False,
 ) -> list[Job]:
     """All jobs of a campaign, cheap ones first.
 
@@ -146,29 +238,41 @@ def plan_jobs(
         seeds: of fresh weights and orders of queries.
         has_base: whether a public relative is at hand; each attack is then also started from it.
         control: whether each attack with training is also run against a victim that it must win.
+        labels: what a thief has to train a whole model on; with none, the attacks that do are left out.
+        head: whether the head is attacked too, and so wants a control.
     """
     jobs = [Job(attack="none", labels="none", start="noise", queries=0, seed=seed) for seed in seeds]
     if has_base:
         jobs.append(Job(attack="base_graft", labels="none", start="base", queries=0, seed=0))
     trained: list[AttackName] = [attack for attack in attacks if attack not in ("none", "base_graft")]
+    trained = [attack for attack in trained if _labels(attack, labels)]
+    if head and trained:
+        jobs.append(Job(attack="head", labels="none", start="noise", queries=max(budgets), seed=0, control=True))
     if control:
         jobs += [
-            Job(attack=attack, labels=_labels(attack)[0], start="noise", queries=max(budgets), seed=0, control=True)
+            Job(
+                attack=attack,
+                labels=_labels(attack, labels)[0],
+                start="noise",
+                queries=max(budgets),
+                seed=0,
+                control=True,
+            )
             for attack in trained
         ]
     jobs += [
-        Job(attack=attack, labels=labels, start=start, queries=budget, seed=seed)
+        Job(attack=attack, labels=kind, start=start, queries=budget, seed=seed)
         for attack in trained
         for budget in sorted(budgets)
         for seed in seeds
         for start in (("noise", "base") if has_base else ("noise",))
-        for labels in _labels(attack)
+        for kind in _labels(attack, labels)
     ]
     return jobs
 
 
-def _labels(attack: AttackName) -> tuple[LabelName, ...]:
-    return ("states",) if attack == "sem" else ("soft", "hard")
+def _labels(attack: AttackName, given: tuple[LabelName, ...]) -> tuple[LabelName, ...]:
+    return ("states",) if attack == "sem" else given
 
 
 class Log:

@@ -23,6 +23,7 @@ NAMES: dict[AttackName, str] = {
     "ft_closed": "FT-closed",
     "ft_all": "FT-all",
     "base_graft": "Base graft",
+    "head": "Head",
 }
 _REDRAWN = 500
 _NORMAL_95 = 3.92  # standard errors from end to end of a 95 % interval

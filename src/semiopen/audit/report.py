@@ -12,6 +12,8 @@ from semiopen.audit.curves import LEVELS, NAMES, Curve
 from semiopen.audit.kv.findings import CacheSection
 from semiopen.audit.plots import Mark, Plot, Series, draw, key
 from semiopen.audit.verdicts import CLOSED, CONTROL, COPY, TRAINED, Verdict
+from semiopen.audit.weights.outcomes import NAMES as WEIGHT_NAMES
+from semiopen.audit.weights.outcomes import WeightSection
 from semiopen.model.plan import Plan
 
 FORMAT = 1
@@ -61,6 +63,9 @@ class Method(BaseModel):
     exam_sequences: int
     public_base: str | None
     quick: bool
+    rights: str | None = Field(default=None, description="of the thief to a head that is not open")
+    lease: str | None = Field(default=None, description="where these rights are from")
+    left_out: str | None = Field(default=None, description="what those rights leave no room for, and why")
 
 
 class Counted(BaseModel):
@@ -72,6 +77,8 @@ class Counted(BaseModel):
         sampling: to write texts.
         enclave: what the enclave counted for all of these, and for anyone else who used it.
         earlier: for thieves in earlier runs, whose outcomes are shown as well.
+        answers: that thieves asked of a head that is not open.
+        used: what the thief's enclave counts for a lease, the larger of tokens and answers; None with an open head.
     """
 
     model_config = _STRICT
@@ -81,6 +88,8 @@ class Counted(BaseModel):
     sampling: int
     enclave: int
     earlier: int
+    answers: int = 0
+    used: int | None = None
 
     @property
     def here(self) -> int:
@@ -104,6 +113,7 @@ class AuditReport(BaseModel):
     control_start: float | None = Field(description="agreement of fresh weights there, without a query")
     untested: tuple[str, ...]
     cache: CacheSection | None = None
+    weights: WeightSection | None = None
     texts: TextFacts
     method: Method
     counted: Counted
@@ -139,10 +149,13 @@ def render(report: AuditReport) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"thousands": lambda n: f"{n:,}", "percent": lambda x: f"{x:.1%}", "size": _size}
+    environment.filters["short_number"] = lambda x: f"{x:.3g}"
     return environment.get_template("report.html.j2").render(
         report=report,
         plots=_plots(report),
         names=NAMES,
+        weight_names=WEIGHT_NAMES,
+        heads=report.bundle.plan.head != "open",
         levels=LEVELS,
         copy=COPY,
         control=CONTROL,
@@ -155,7 +168,7 @@ def _plots(report: AuditReport) -> list[dict[str, object]]:
     """Title, caption, drawings and key of each plot."""
     if not report.curves:
         return []
-    controls = [outcome for outcome in report.outcomes if outcome.job.control]
+    controls = [o for o in report.outcomes if o.job.control and o.job.attack in TRAINED]
     agreement = Plot(
         id="agreement",
         title="Agreement with the model, by tokens asked",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,24 +21,25 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from semiopen.audit.bundle_victim import BundleVictim
-from semiopen.audit.campaign import AttackName, Campaign, Job, Log, plan_jobs, run_all
+from semiopen.audit.bundle_victim import BundleVictim, attention_in_order
+from semiopen.audit.campaign import AttackName, Campaign, HeadAttack, Job, LabelName, Log, plan_jobs, run_all
 from semiopen.audit.curves import curves_of
 from semiopen.audit.kv.findings import CacheSection
+from semiopen.audit.opening import Parties, open_parties
 from semiopen.audit.report import AuditReport, BundleFacts, Counted, Method, TextFacts, write_report
 from semiopen.audit.score import Exam, score
 from semiopen.audit.texts import SEQUENCE_TOKENS, read_apart, sample_texts
-from semiopen.audit.thief import start_model
+from semiopen.audit.thief import start_model, upper_part
 from semiopen.audit.training import Settings
 from semiopen.audit.verdicts import UNREAD, Evidence, Verdict, untested, verdicts
-from semiopen.audit.victim import OpenPart, Victim
+from semiopen.audit.victim import Informed, OpenPart, Victim
 from semiopen.audit.weights.layout import check as check_layout
+from semiopen.audit.weights.outcomes import WeightSection
 from semiopen.bundle.files import check_is_bundle
+from semiopen.bundle.lease import Rights
 from semiopen.bundle.manifest import Manifest
 from semiopen.bundle.reader import read_files
 from semiopen.errors import SemiopenError
-from semiopen.host.load import load
-from semiopen.host.modeling import session_of
 from semiopen.model.families import FAMILIES
 from semiopen.model.parts import rename
 from semiopen.version import VERSION
@@ -67,6 +68,7 @@ class AuditOptions:
         quick: whether this is a first look, which the report then says.
         seed: of the texts; seeds of the attacks count from 0.
         cache: whether the cache of conversations is attacked as well.
+        weights: whether the bundle's files are attacked by themselves as well.
     """
 
     attacks: tuple[AttackName, ...] = ("sem", "ft_closed", "ft_all")
@@ -78,11 +80,12 @@ class AuditOptions:
     quick: bool = False
     seed: int = 0
     cache: bool = False
+    weights: bool = False
 
     @classmethod
     def of(
         cls,
-        attacks: Sequence[AttackName | Literal["kv"]] | None = None,
+        attacks: Sequence[AttackName | Literal["kv", "weights"]] | None = None,
         tokens: Sequence[int] | None = None,
         seeds: int | None = None,
         steps: int | None = None,
@@ -90,12 +93,13 @@ class AuditOptions:
     ) -> "AuditOptions":
         """Options with what is None left at the defaults, which `quick` makes smaller."""
         plain = cls(attacks=("sem",), seeds=1, steps=200, rates=(1e-3, 3e-3), exam=32, quick=True) if quick else cls()
-        cache = "kv" in (attacks or ())
-        chosen: list[AttackName] = [attack for attack in dict.fromkeys(attacks or ()) if attack != "kv"]
-        if cache and not chosen:
+        cache, weights = ("kv" in (attacks or ()), "weights" in (attacks or ()))
+        chosen: list[AttackName] = [a for a in dict.fromkeys(attacks or ()) if a not in ("kv", "weights")]
+        if (cache or weights) and not chosen:
             tokens = tokens or (_FOR_CACHE,)
         return cls(
             cache=cache,
+            weights=weights,
             attacks=tuple(chosen) if attacks else plain.attacks,
             tokens=tuple(sorted(set(tokens))) if tokens else None,
             seeds=seeds or plain.seeds,
@@ -104,6 +108,11 @@ class AuditOptions:
             exam=plain.exam,
             quick=quick,
         )
+
+    @property
+    def named(self) -> tuple[AttackName | Literal["kv", "weights"], ...]:
+        """All that is run, as the command names it."""
+        return (*self.attacks, *(("kv",) if self.cache else ()), *(("weights",) if self.weights else ()))
 
     @property
     def budgets(self) -> list[int]:
@@ -162,7 +171,7 @@ def audit(
         threads: CPU threads; 0 for torch's choice.
         texts: file of texts; the model's own when None.
         public_base: folder or hub id of a public relative.
-        lease: file of a lease, where the enclave is started here and the bundle needs one.
+        lease: file of a lease, where the enclave is started here and the bundle needs one; see `open_parties`.
         command: words of the command line that did this, without attacks and `--out`, for the report to repeat.
         progress: called as work goes on.
         say: called with sentences for a person.
@@ -175,38 +184,33 @@ def audit(
     _check(options)
     _make_folder(out)
     started = time.monotonic()
-    model = load(
-        bundle,
-        keys=keys,
-        enclave=None if keys else enclave,
-        dtype=dtype or ("float32" if keys else None),
-        threads=threads,
-        lease=lease,
-    )
+    parties = open_parties(bundle, keys, None if keys else enclave, dtype, threads, lease)
     try:
-        client = session_of(model).client
-        counted = client.status().tokens
-        welcome = client.welcome
+        clients = parties.clients
+        welcome = clients[0].welcome
+        counted, used = sum(client.status().tokens for client in clients), clients[0].status().used
         say(welcome.enclave)
         if welcome.context < SEQUENCE_TOKENS:
             raise SemiopenError(
                 f"The model's context is {welcome.context} tokens; the audit asks in sequences of {SEQUENCE_TOKENS}."
             )
         manifest = read_files(bundle, welcome.bundle_digest, only=()).manifest
-        if manifest.plan.head != "open":
-            raise SemiopenError(
-                "The audit attacks bundles with an open head only; what is known of other heads is in "
-                "docs/results/locked_weights.md."
-            )
-        victim = _Metered(model, bundle, manifest)
-        if options.cache:
-            check_layout(victim.config)
-        found = _texts(model, bundle, out, welcome.bundle_digest, options, texts, progress, say)
-        sampled = client.status().tokens - counted if texts is None else 0
+        metered = _Metered(parties.thief, bundle, manifest)
+        if options.cache or options.weights:
+            check_layout(metered.config)
+        ordered = attention_in_order(metered, clients[0])
+        victim = Informed(metered, ordered) if ordered else metered
+        if parties.rights is not None:
+            say(f"The thief's rights to the {manifest.plan.head} head: {rights_in_words(parties.rights)}.")
+        before = sum(client.status().tokens for client in clients)
+        found = _texts(parties.auditor, bundle, out, welcome.bundle_digest, options, texts, progress, say)
+        sampled = sum(client.status().tokens for client in clients) - before
         relative = _relative(public_base) if public_base is not None else None
-        base = _base(_in_basis(relative, victim, manifest), victim) if relative is not None else None
-        campaign, control_start, open_end = _campaign(victim, found, options, base)
-        subject = {
+        turned, rotation = _in_basis(relative, victim, manifest) if relative is not None else (None, None)
+        base = _base(turned, victim) if turned is not None else None
+        heads = _heads(parties, victim, found, options, manifest, relative, rotation)
+        campaign, control_start, open_end = _campaign(victim, found, options, base, heads)
+        subject: dict[str, Any] = {
             "bundle": welcome.bundle_digest,
             "dtype": welcome.dtype,
             "texts": found.key,
@@ -215,13 +219,23 @@ def audit(
             "rates": list(options.rates),
             "base": _digest(base) if base is not None else None,
         }
+        if parties.rights is not None:
+            subject["rights"] = parties.rights.model_dump()
         log = Log(out / LOG_NAME, subject)
-        jobs = jobs_of(options, len(found.queries), base is not None, campaign.control is not None)
-        earlier = sum(outcome.tokens for outcome in log.outcomes)
+        labels = _labels(manifest, parties.rights)
+        jobs = jobs_of(
+            options, len(found.queries), base is not None, campaign.control is not None, labels, heads is not None
+        )
+        if (left_out := _left_out(labels, options)) is not None:
+            say(left_out)
+        done = len(log.outcomes)
         _run(campaign, jobs, log, manifest, options, progress, say)
-        asked = sum(outcome.tokens for outcome in log.outcomes) - earlier
-        cache = _attack_cache(victim, bundle, found, relative, manifest, say) if options.cache else None
-        asked += cache.asked if cache is not None else 0
+        new = log.outcomes[done:]
+        asked, answers = sum(outcome.tokens for outcome in new), sum(outcome.answers for outcome in new)
+        cache = _attack_cache(metered, bundle, found, relative, manifest, say) if options.cache else None
+        weights = _attack_weights(victim, campaign, manifest, relative, say) if options.weights else None
+        asked += (cache.asked if cache is not None else 0) + (weights.asked if weights is not None else 0)
+        answers += weights.answers if weights is not None else 0
         evidence = Evidence(
             prefix=manifest.plan.prefix,
             num_layers=manifest.num_layers,
@@ -231,6 +245,9 @@ def audit(
             control_start=control_start,
             outcomes=log.outcomes,
             command=command,
+            head=manifest.plan.head,
+            rights=parties.rights,
+            attention_ordered=bool(ordered),
         )
         report = AuditReport(
             made=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -247,7 +264,11 @@ def audit(
                 enclave=welcome.enclave,
                 dtype=welcome.dtype,
             ),
-            verdicts=(*verdicts(evidence), *_cache_verdict(cache, evidence)),
+            verdicts=(
+                *verdicts(evidence),
+                *_weights_verdict(weights, evidence),
+                *_cache_verdict(cache, evidence),
+            ),
             curves=tuple(curves_of(log.outcomes)),
             outcomes=tuple(log.outcomes),
             chance=evidence.chance,
@@ -255,6 +276,7 @@ def audit(
             control_start=control_start,
             untested=tuple(line for line in untested(evidence) if cache is None or line != UNREAD),
             cache=cache,
+            weights=weights,
             texts=found.facts,
             method=Method(
                 steps=options.steps,
@@ -263,38 +285,50 @@ def audit(
                 exam_sequences=len(found.exam),
                 public_base=public_base,
                 quick=options.quick,
+                rights=None if parties.rights is None else rights_in_words(parties.rights),
+                lease=None if parties.rights is None else _lease_in_words(keys, lease),
+                left_out=left_out,
             ),
             counted=Counted(
                 attacks=asked,
-                auditor=victim.asked - asked,
+                auditor=metered.asked - asked,
                 sampling=sampled,
-                enclave=client.status().tokens - counted,
-                earlier=earlier,
+                enclave=sum(client.status().tokens for client in clients) - counted,
+                earlier=sum(outcome.tokens for outcome in log.outcomes[:done]),
+                answers=answers,
+                used=clients[0].status().used - used if parties.rights is not None else None,
             ),
-            command=evidence.repeat(*options.attacks, *(("kv",) if options.cache else ())),
+            command=evidence.repeat(*options.named),
             seconds=round(time.monotonic() - started, 1),
             versions=_versions(),
         )
     finally:
-        model.enclave.close()  # type: ignore[operator]
+        parties.close()
     write_report(report, out)
     return report
 
 
-def jobs_of(options: AuditOptions, queries: int, has_base: bool, has_control: bool) -> list[Job]:
+def jobs_of(
+    options: AuditOptions,
+    queries: int,
+    has_base: bool,
+    has_control: bool,
+    labels: tuple[LabelName, ...] = ("soft", "hard"),
+    head: bool = False,
+) -> list[Job]:
     """What an audit runs; the attacks that train through all blocks only at the largest budgets.
 
     Args:
         options: see there.
         queries: that are at hand; default budgets above are cut.
-        has_base, has_control: see `plan_jobs`.
+        has_base, has_control, labels, head: see `plan_jobs`.
     """
     budgets = [budget for budget in options.budgets if budget <= queries]
     seeds = list(range(options.seeds))
     jobs = []
     for attack in ("none", *options.attacks):
         largest = budgets if attack in ("none", "sem") else budgets[-_FINE_TUNED:]
-        jobs += plan_jobs([attack], largest, seeds, has_base, has_control)
+        jobs += plan_jobs([attack], largest, seeds, has_base, has_control, labels, head)
     return list(dict.fromkeys(jobs))
 
 
@@ -354,6 +388,8 @@ def _weight(job: Job, manifest: Manifest) -> float:
     if not job.queries:
         return 0.01
     sealed, total = max(1, manifest.plan.prefix), manifest.num_layers
+    if job.attack == "head":
+        return 1.0
     if job.attack == "sem":
         return 3.0 if job.control else 3.0 * sealed
     return 4.0 * (total - sealed) if job.control else 4.0 * total - sealed
@@ -437,6 +473,37 @@ def _attack_cache(
     return attack_cache(victim, conversations, pairs, relative, manifest.plan, _decoder(bundle))
 
 
+def _attack_weights(
+    victim: Victim,
+    campaign: Campaign,
+    manifest: Manifest,
+    relative: Mapping[str, torch.Tensor] | None,
+    say: Callable[[str], None],
+) -> WeightSection:
+    _need_audit_extra()
+    from semiopen.audit.weights.section import attack_weights
+
+    say("Attacking the bundle's files.")
+    return attack_weights(victim, campaign.exam, manifest.plan, relative, campaign.head)
+
+
+def _weights_verdict(weights: WeightSection | None, evidence: Evidence) -> list[Verdict]:
+    if weights is None:
+        return []
+    from semiopen.audit.weights.section import weights_verdict
+
+    return [weights_verdict(weights, evidence.repeat("weights"))]
+
+
+def _need_audit_extra() -> None:
+    try:
+        import scipy.optimize  # noqa: F401 - what the attacks on weights need
+    except ModuleNotFoundError as error:
+        raise SemiopenError(
+            f"The attacks on weights and heads need {error.name}; install the extra: pip install 'semiopen[audit]'"
+        ) from None
+
+
 def _cache_verdict(cache: CacheSection | None, evidence: Evidence) -> list[Verdict]:
     if cache is None:
         return []
@@ -453,24 +520,111 @@ def _decoder(bundle: Path) -> Callable[[list[int]], str]:
         return lambda ids: " ".join(map(str, ids))
 
 
+@dataclass(frozen=True)
+class _Heads:
+    """A head that is not open.
+
+    Attributes:
+        attack: of the thief.
+        upper: what makes the model's own logits of the sealed layers' states, for the auditor.
+        true: the head's tensors, as the auditor knows them, for controls.
+    """
+
+    attack: HeadAttack
+    upper: Callable[[torch.Tensor], torch.Tensor]
+    true: Mapping[str, torch.Tensor]
+
+
+def _heads(
+    parties: Parties,
+    victim: Victim,
+    texts: _Texts,
+    options: AuditOptions,
+    manifest: Manifest,
+    relative: Mapping[str, torch.Tensor] | None,
+    rotation: torch.Tensor | None,
+) -> _Heads | None:
+    """What thief and auditor have of a head that is not open; None where it is."""
+    kind = manifest.plan.head
+    if kind == "open":
+        return None
+    _need_audit_extra()
+    from semiopen.audit import heads
+
+    heads.check_readable(victim.config)
+    for_thief, for_auditor = (heads.EnclaveHead(client) for client in (parties.clients[0], parties.clients[-1]))
+    true = heads.true_head(victim, kind, for_auditor, torch.cat([texts.exam, texts.queries])).tensors
+    ordered = None
+    if kind == "shuffled" and relative is not None:
+        ordered = heads.by_rows(victim, relative, rotation)
+    # Under a keyed fold a tied head is a matrix of its own.
+    tied = manifest.open_embedding and manifest.plan.fold != "keyed"
+    attack = heads.HeadSearch(kind, for_thief, options.steps, ordered, tied)
+    upper = heads.TrueUpper(victim, for_auditor) if kind == "sealed" else upper_part(Informed(victim, true))
+    return _Heads(attack, upper, true)
+
+
+def _labels(manifest: Manifest, rights: Rights | None) -> tuple[LabelName, ...]:
+    """What a thief can train a whole model on."""
+    if manifest.plan.head != "sealed" or rights is None or rights.all_logits:
+        return ("soft", "hard")
+    return ("hard",) if rights.generate or rights.top_k else ()
+
+
+def _left_out(labels: tuple[LabelName, ...], options: AuditOptions) -> str | None:
+    """Which kinds of training a head that gives less than all logits leaves no room for, and why."""
+    whole = [attack for attack in options.attacks if attack in ("ft_closed", "ft_all")]
+    if not whole or "soft" in labels:
+        return None
+    if labels:
+        return "Soft labels are left out: they are all probabilities, and the lease gives no logits of all words."
+    return "FT-closed and FT-all are left out: the lease gives neither tokens nor logits to train a whole model on."
+
+
+def rights_in_words(rights: Rights) -> str:
+    """What a head that is not open gives."""
+    tokens = "tokens" if rights.generate else "no tokens"
+    if rights.all_logits:
+        return f"{tokens} and all logits"
+    if rights.top_k:
+        return f"{tokens} and log-probabilities of the {rights.top_k} likeliest"
+    return f"{tokens}, no logits"
+
+
+def _lease_in_words(keys: Path | None, lease: Path | None) -> str:
+    if keys is None:
+        return "as the running enclave's lease allows"
+    return "as a lease allows by default" if lease is None else f"as {lease.name} allows"
+
+
 def _campaign(
-    victim: BundleVictim, texts: _Texts, options: AuditOptions, base: Mapping[str, torch.Tensor] | None
+    victim: Victim,
+    texts: _Texts,
+    options: AuditOptions,
+    base: Mapping[str, torch.Tensor] | None,
+    heads: _Heads | None,
 ) -> tuple[Campaign, float | None, float | None]:
     """What all jobs share, and agreement on the control of fresh weights and of the true ones."""
-    control = OpenPart(victim) if victim.sealed.stop < victim.config.num_hidden_layers else None
+    known = victim if heads is None else Informed(victim, heads.true)
+    control = OpenPart(known) if victim.sealed.stop < victim.config.num_hidden_layers else None
     control_exam = Exam.of(control, texts.exam) if control is not None else None
     control_start = open_end = None
+    exam = Exam.of(victim, texts.exam, None if heads is None else heads.upper)
     if control is not None and control_exam is not None:
         control_start = score(start_model(control, 0), control_exam).agreement
-        open_end = score(start_model(control, 0, _open_weights(victim)), control_exam).agreement
+        open_end = score(start_model(control, 0, _open_weights(known)), control_exam).agreement
+    if heads is not None:  # the auditor's head must be the one that the enclave has
+        same = score(upper_part(known).model, exam.below_the_head()).agreement
+        open_end = same if open_end is None else min(open_end, same)
     campaign = Campaign(
         victim=victim,
         queries=texts.queries,
-        exam=Exam.of(victim, texts.exam),
+        exam=exam,
         settings=Settings(steps=options.steps, rates=options.rates),
         base=base,
         control=control,
         control_exam=control_exam,
+        head=None if heads is None else heads.attack,
     )
     return campaign, control_start, open_end
 
@@ -505,13 +659,21 @@ def _relative(public_base: str) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def _in_basis(relative: Mapping[str, torch.Tensor], victim: Victim, manifest: Manifest) -> Mapping[str, torch.Tensor]:
-    """A relative in the basis of the bundle. Unless a keyed one is found out first, it would look like a stranger."""
-    if manifest.plan.fold != "keyed":
-        return relative
-    from semiopen.audit.weights import align  # needs SciPy, of the extra "audit"
+def _in_basis(
+    relative: Mapping[str, torch.Tensor], victim: Victim, manifest: Manifest
+) -> tuple[Mapping[str, torch.Tensor], torch.Tensor | None]:
+    """A relative in the basis of the bundle, and that basis; None where it is the plain one.
 
-    return {**relative, **{name: tensor.float() for name, tensor in align.run(victim, relative).tensors.items()}}
+    Unless a keyed one is found out first, the relative would look like a stranger.
+    """
+    if manifest.plan.fold != "keyed":
+        return relative, None
+    _need_audit_extra()
+    from semiopen.audit.weights import align
+
+    found = align.run(victim, relative)
+    assert found.key is not None, "that is what it finds"
+    return {**relative, **{name: tensor.float() for name, tensor in found.tensors.items()}}, found.key.rotation
 
 
 def _base(relative: Mapping[str, torch.Tensor], victim: Victim) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 Legend: N sequences, T tokens, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,7 +12,6 @@ from transformers import PreTrainedModel
 
 from semiopen.audit.thief import answer, upper_part
 from semiopen.audit.victim import Victim
-from semiopen.model.parts import Upper
 
 _BATCH = 16
 _DRAWS = 1000  # of the bootstrap
@@ -25,21 +25,30 @@ class Exam:
         ids: [N, T] token ids.
         x: what goes into a model for them; see `Victim.model_input`.
         states: [N, T, H] what the victim's sealed layers gave out.
-        upper: what makes logits of them.
+        upper: what makes the victim's own logits [n, T, V] of n sequences of them.
     """
 
     ids: torch.Tensor
     x: torch.Tensor
     states: torch.Tensor
-    upper: Upper
+    upper: Callable[[torch.Tensor], torch.Tensor]
 
     @classmethod
-    def of(cls, victim: Victim, ids: torch.Tensor) -> "Exam":
-        """Ask the victim, at the auditor's expense: a thief's budget does not count these queries."""
+    def of(
+        cls, victim: Victim, ids: torch.Tensor, upper: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> "Exam":
+        """Ask the victim, at the auditor's expense: a thief's budget does not count these queries.
+
+        Where its head does not lie open, only the auditor can make logits of its states, by `upper`.
+        """
         spent = (victim.spent.queries, victim.spent.tokens)
         states = torch.cat([victim.query(part) for part in ids.split(_BATCH)])
         victim.spent.queries, victim.spent.tokens = spent
-        return cls(ids, victim.model_input(ids), states, upper_part(victim))
+        return cls(ids, victim.model_input(ids), states, upper or upper_part(victim))
+
+    def below_the_head(self, upper: Callable[[torch.Tensor], torch.Tensor] | None = None) -> "Exam":
+        """The same for whoever is given the true states, so that his head alone is marked; or another head is right."""
+        return Exam(self.ids, self.states, self.states, upper or self.upper)
 
 
 @dataclass(frozen=True)

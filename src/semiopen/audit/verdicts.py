@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from semiopen.audit.campaign import AttackName, Outcome
 from semiopen.audit.curves import LEVELS, NAMES, Curve, Point, Price, curves_of, point_of
 from semiopen.audit.texts import SEQUENCE_TOKENS
+from semiopen.bundle.lease import Rights
+from semiopen.model.plan import Head
 
 Status = Literal["holds", "broken", "not shown"]
 
@@ -23,7 +25,10 @@ CONTROL = 0.9  # agreement that an attack must reach where it has to succeed, an
 CLOSED = 0.5  # share of what fresh weights lacked there that it must win back: one block more or less changes little
 OPEN_END = 0.999  # agreement of the true weights with themselves; the rest is rounding
 _NEAR_CHANCE = 0.05
-UNREAD = "No conversation's secrecy: the states, the open blocks' cache and the logits are in the clear on the host."
+UNREAD = (
+    "No conversation's secrecy: the states and the open blocks' cache are in the clear on the host, and so are the "
+    "logits, unless the head is sealed."
+)
 TRAINED: tuple[AttackName, ...] = ("sem", "ft_closed", "ft_all")
 
 
@@ -61,6 +66,9 @@ class Evidence:
         control_start: agreement of fresh weights there, without a query; None as well.
         outcomes: of all jobs.
         command: words of the audit's own command line, without attacks and folder to write to.
+        head: what the bundle's head is.
+        rights: of the thief, where it is not open.
+        attention_ordered: whether attention passes the enclave, whose order the thief asked for.
     """
 
     prefix: int
@@ -71,6 +79,9 @@ class Evidence:
     control_start: float | None
     outcomes: Sequence[Outcome]
     command: tuple[str, ...]
+    head: Head = "open"
+    rights: Rights | None = None
+    attention_ordered: bool = False
 
     @cached_property
     def _all_curves(self) -> list[Curve]:
@@ -111,7 +122,7 @@ class Evidence:
         start = self.control_start or 0.0
         return max(CONTROL, start + CLOSED * (1 - start))
 
-    def repeat(self, *attacks: AttackName | Literal["kv"]) -> str:
+    def repeat(self, *attacks: AttackName | Literal["kv", "weights"]) -> str:
         """The command line with these attacks alone."""
         chosen = [word for attack in attacks for word in ("--attack", attack)]
         return shlex.join([*self.command, *chosen, "--out", "REPEATED"])
@@ -119,10 +130,12 @@ class Evidence:
     @property
     def sealed(self) -> str:
         """What is sealed, in words."""
-        if self.prefix == 0:
+        parts = [f"a prefix of {self.prefix} block{'s' if self.prefix > 1 else ''}"] if self.prefix else []
+        parts += [] if self.open_embedding else ["the embedding"]
+        parts += {"open": [], "shuffled": ["the order of the head's words"], "sealed": ["the head"]}[self.head]
+        if parts == ["the embedding"]:
             return "the embedding alone"
-        blocks = f"{self.prefix} block{'s' if self.prefix > 1 else ''}"
-        return f"a prefix of {blocks}" if self.open_embedding else f"a prefix of {blocks} and the embedding"
+        return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def verdicts(evidence: Evidence) -> list[Verdict]:
@@ -132,6 +145,7 @@ def verdicts(evidence: Evidence) -> list[Verdict]:
         prefix_verdict(evidence, attacks),
         lease_verdict(evidence, attacks),
         *attacks,
+        *([head_verdict(evidence)] if evidence.head != "open" else []),
         strongest_verdict(evidence),
         labels_verdict(evidence),
         base_verdict(evidence),
@@ -149,7 +163,7 @@ def prefix_verdict(evidence: Evidence, attacks: Sequence[Verdict]) -> Verdict:
     repeat = evidence.repeat(*evidence.run_attacks())
     if (free := evidence.free) >= COPY:
         words = (
-            f"{_capital(evidence.sealed)} protects nothing: without one query, a copy is right {free:.1%} of the time."
+            f"Sealing {evidence.sealed} protects nothing: without one query, a copy is right {free:.1%} of the time."
         )
         return Verdict(id="prefix", claim=claim, status="broken", words=words, command=repeat)
     if best is None:
@@ -159,14 +173,14 @@ def prefix_verdict(evidence: Evidence, attacks: Sequence[Verdict]) -> Verdict:
     if price.tokens is not None:
         status: Status = "broken"
         words = (
-            f"{_capital(evidence.sealed)} protects about {_count(_rounded(price.tokens))}: with these "
+            f"Sealing {evidence.sealed} protects about {_count(_rounded(price.tokens))}: with these "
             f"({interval(price)}) a thief's copy, made by {best.name}, gives the model's own next token {COPY:.0%} of "
             "the time."
         )
     elif all(attack.status == "holds" for attack in attacks):
         status = "holds"
         words = (
-            f"{_capital(evidence.sealed)} protects more than the {tried:,} tokens that were tried: the best copy, made "
+            f"Sealing {evidence.sealed} protects more than the {tried:,} tokens that were tried: the best copy, made "
             f"by {best.name}, gives the model's own next token {_share(last)} of the time. Larger budgets were not "
             "tried, and a better attack may need less."
         )
@@ -275,6 +289,54 @@ def _uncontrolled(evidence: Evidence, control: Outcome | None) -> str:
     )
 
 
+def head_verdict(evidence: Evidence) -> Verdict:
+    """Whether a head that is not open stands between a thief and a copy, if he had all that lies below it."""
+    assert evidence.head != "open" and evidence.rights is not None, "such a bundle needs a lease"
+    found = [one for one in evidence.outcomes if one.head is not None and not one.job.control]
+    tried = max((one.job.queries * SEQUENCE_TOKENS for one in found), default=0)
+    control = evidence.control("head")
+    claim = f"Whoever had all below the {evidence.head} head would still lack it, after {tried:,} tokens."
+    repeat = evidence.repeat(*evidence.run_attacks())
+    figures = []
+    for tokens, start in sorted({(one.job.queries * SEQUENCE_TOKENS, one.job.start) for one in found}):
+        shares = [o.head for o in found if (o.job.queries * SEQUENCE_TOKENS, o.job.start) == (tokens, start)]
+        mean = sum(share or 0 for share in shares) / len(shares)
+        figures.append(
+            (
+                mean,
+                tokens,
+                Figure(name=f"{tokens:,} tokens{', from the base' * (start == 'base')}", value=f"{mean:.1%}"),
+            )
+        )
+    enough = [(tokens, mean) for mean, tokens, _ in figures if mean >= COPY]
+    passed = control is not None and control.score["agreement"] >= CONTROL
+    if not figures:
+        status: Status = "not shown"
+        words = "No attack was run that learns the head, or this lease gives it nothing to learn from."
+    elif enough:
+        status = "broken"
+        tokens, mean = min(enough)
+        words = (
+            f"With {_count(tokens)} the head that was found gives the model's own next token {mean:.1%} of the time, "
+            "on true states."
+        )
+    else:
+        mean, tokens, _ = max(figures, key=lambda one: one[0])
+        status = "holds" if passed else "not shown"
+        words = (
+            f"The best that was found, from {_count(tokens)}, gives the model's own next token {mean:.1%} of the time, "
+            "on true states."
+        )
+    if figures and not passed and not enough:
+        got = "was not run" if control is None else f"got {control.score['agreement']:.1%} of the {CONTROL:.0%} needed"
+        words += f" But where it has to succeed, on a head made for this, the attack {got}: its failure shows nothing."
+    marks = tuple(figure for _, _, figure in figures)
+    if control is not None:
+        value = f"{control.score['agreement']:.1%} agreement; needed {CONTROL:.1%}"
+        marks += (Figure(name=f"control, {control.tokens:,} tokens", value=value),)
+    return Verdict(id="head", claim=claim, status=status, words=words, figures=marks, command=repeat)
+
+
 def strongest_verdict(evidence: Evidence) -> Verdict:
     """Whether planning by SEM alone would have missed something."""
     claim = "No attack tried here is stronger than SEM, the cheapest, by which semiopen plans."
@@ -341,6 +403,8 @@ def labels_verdict(evidence: Evidence) -> Verdict:
     ]
     if not pairs:
         words = "No attack was run with both kinds of labels."
+        if evidence.head == "sealed" and evidence.rights is not None and not evidence.rights.all_logits:
+            words = "The lease gives out no logits of all words, so that there were none to train on."
         return Verdict(id="labels", claim=claim, status="not shown", words=words, command=repeat)
     if all(hard.high < soft.low for _, soft, hard in pairs):
         status: Status = "holds"
@@ -350,10 +414,13 @@ def labels_verdict(evidence: Evidence) -> Verdict:
         words = "The likeliest token alone teaches a copy more than all probabilities do, at this budget."
     else:
         status, words = "not shown", "The intervals overlap, or the attacks differ."
-    words += (
-        " In this plan it would not help: the head is open and the sealed blocks' states come with every answer, so "
-        "a thief has the probabilities, and can use SEM. Only soft labels have a control."
-    )
+    if evidence.head == "sealed":
+        words += " In this plan logits are granted, and with them the head is found. Only soft labels have a control."
+    else:
+        words += (
+            " In this plan it would not help: the projection is open and the sealed blocks' states come with every "
+            "answer, so a thief has the probabilities, and can use SEM. Only soft labels have a control."
+        )
     figures = tuple(
         Figure(
             name=f"{NAMES[curve.attack]}{' from the base' if curve.start == 'base' else ''}, {soft.tokens:,} tokens",
@@ -444,6 +511,11 @@ def untested(evidence: Evidence) -> list[str]:
     said = [f"These attacks were not run: {', '.join(missing)}."] if missing else []
     if evidence.point("base_graft") is None:
         said.append("No thief with a public relative of the model: none was given.")
+    if evidence.rights is not None:
+        said.append(
+            "No thief with more rights than these. A lease that grants logits makes a sealed head an open one, and no "
+            "states were asked of the head but those of texts."
+        )
     return [
         *said,
         f"Nothing beyond {tried:,} tokens, and no query longer than {SEQUENCE_TOKENS} tokens.",
@@ -523,7 +595,3 @@ def _answers(tokens: int) -> str:
 
 def _share(point: Point) -> str:
     return f"{point.agreement:.1%}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

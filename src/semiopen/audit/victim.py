@@ -6,6 +6,7 @@ Legend: B sequences, T tokens, H hidden size, L blocks of the model.
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,6 +116,58 @@ class PlainVictim:
     def model_input(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Victim.model_input`."""
         return ids
+
+
+class Informed:
+    """A victim of which a thief knows more tensors than those that lie open: a head that was sealed, say."""
+
+    def __init__(self, victim: Victim, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take the victim, and what is known besides, under the whole model's names; it stands above what lies open."""
+        self.config, self.on_states, self.sealed, self.spent = (
+            victim.config,
+            victim.on_states,
+            victim.sealed,
+            victim.spent,
+        )
+        self.open_tensors = {**victim.open_tensors, **{name: tensor.float() for name, tensor in tensors.items()}}
+        self._victim = victim
+
+    def model_input(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Victim.model_input`."""
+        return self._victim.model_input(ids)
+
+    def query(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Victim.query`."""
+        return self._victim.query(ids)
+
+
+class Remembering:
+    """A victim whose states a thief keeps, so that no text is asked twice for two uses."""
+
+    def __init__(self, victim: Victim) -> None:
+        """Take a victim, with nothing remembered yet."""
+        self.config, self.on_states, self.sealed, self.spent = (
+            victim.config,
+            victim.on_states,
+            victim.sealed,
+            victim.spent,
+        )
+        self.open_tensors = victim.open_tensors
+        self._victim = victim
+        self._states: dict[bytes, torch.Tensor] = {}
+
+    def model_input(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Victim.model_input`."""
+        return self._victim.model_input(ids)
+
+    def query(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Victim.query`."""
+        names = [row.numpy().tobytes() for row in ids]
+        new = [index for index, name in enumerate(names) if name not in self._states]
+        if new:
+            for index, states in zip(new, self._victim.query(ids[new]), strict=True):
+                self._states[names[index]] = states
+        return torch.stack([self._states[name] for name in names])
 
 
 class OpenPart:

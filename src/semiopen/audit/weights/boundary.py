@@ -5,6 +5,7 @@ logits, whose input the host has computed itself.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -53,9 +54,15 @@ def run_head(victim: Victim, head: SealedHead, queries: torch.Tensor, top: int |
         `held_out_error`, of whole logits only; `rows`: share of the vocabulary that was determined.
     """
     states = final_states(victim, queries).flatten(0, 1)
-    inputs, logits = normalise(states, victim.config.rms_norm_eps).double(), head.logits(states, top).double()
+    found = solve_head(states, head.logits(states, top), victim.config.rms_norm_eps)
+    return replace(found, tokens=queries.numel())
+
+
+def solve_head(states: torch.Tensor, logits: torch.Tensor, eps: float) -> Finding:
+    """The same from states [R, H] before the final norm and their logits [R, V], NaN where they were not given."""
+    inputs, logits = normalise(states, eps).double(), logits.double()
     figures: dict[str, float] = {}
-    if top is None:
+    if not bool(logits.isnan().any()):
         weight, figures["held_out_error"] = fit(inputs, logits)
         seen = torch.full((logits.shape[1],), len(inputs))
     else:
@@ -70,4 +77,4 @@ def run_head(victim: Victim, head: SealedHead, queries: torch.Tensor, top: int |
         weight[:, seen == 0] = -inputs.mean(0)[:, None]
     figures["rows"] = float((seen >= inputs.shape[1]).double().mean())
     tensors = {HEAD: weight.T, NORM: torch.ones(weight.shape[0])}
-    return Finding("boundary_head", queries.numel(), figures, tensors=tensors)
+    return Finding("boundary_head", figures=figures, tensors=tensors)

@@ -16,15 +16,20 @@ _BATCH = 256
 def run(victim: Victim) -> Finding:
     """Ask for each token once, behind the mark that begins a text if there is one and blocks are sealed."""
     check(victim.config)
-    vocabulary = victim.config.vocab_size
-    ids = torch.arange(vocabulary)[:, None]
-    start = victim.config.bos_token_id
-    if victim.sealed.stop and isinstance(start, int):
-        ids = torch.cat([torch.full_like(ids, start), ids], 1)
+    ids, start = questions(victim), victim.config.bos_token_id
     table = torch.cat([victim.query(part)[:, -1] for part in ids.split(_BATCH)])
     if ids.shape[1] > 1:
         table[start] = victim.query(ids[:1, :1])[0, 0]
     return _finding(victim, "harvest", ids.numel() + ids.shape[1] - 1, table, 1.0)
+
+
+def questions(victim: Victim) -> torch.Tensor:
+    """[V, 1] or, with the mark, [V, 2] token ids."""
+    ids = torch.arange(victim.config.vocab_size)[:, None]
+    start = victim.config.bos_token_id
+    if victim.sealed.stop and isinstance(start, int):
+        ids = torch.cat([torch.full_like(ids, start), ids], 1)
+    return ids
 
 
 def observe(victim: Victim, queries: torch.Tensor) -> Finding:

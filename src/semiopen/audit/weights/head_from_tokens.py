@@ -1,9 +1,12 @@
 """Train a head from states and the tokens that a sealed head drew from them: what is left where no logits are given."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedConfig
 
-from semiopen.audit.training import Report, Settings, fit
+from semiopen.audit.training import Fit, Report, Settings, fit
 from semiopen.audit.victim import Victim
 from semiopen.audit.weights.finding import Finding
 from semiopen.audit.weights.layout import HEAD, NORM
@@ -37,13 +40,27 @@ def run(
     """
     states = final_states(victim, queries).flatten(0, 1)
     drawn = head.sample(states, seed)
-    inputs = normalise(states, victim.config.rms_norm_eps)
-    weight = torch.zeros(victim.config.vocab_size, inputs.shape[1]) if start is None else start.float().clone()
+    finding, _ = learn(victim.config, states, drawn, settings, seed, start, report)
+    return replace(finding, tokens=queries.numel())
+
+
+def learn(
+    config: PreTrainedConfig,
+    states: torch.Tensor,
+    tokens: torch.Tensor,
+    settings: Settings = SETTINGS,
+    seed: int = 0,
+    start: torch.Tensor | None = None,
+    report: Report | None = None,
+) -> tuple[Finding, Fit]:
+    """The same from states [R, H] before the final norm and a token [R] for each of them."""
+    inputs = normalise(states, config.rms_norm_eps)
+    weight = torch.zeros(config.vocab_size, inputs.shape[1]) if start is None else start.float().clone()
     parameter = torch.nn.Parameter(weight)
 
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(inputs[rows] @ parameter.T, drawn[rows])
+        return F.cross_entropy(inputs[rows] @ parameter.T, tokens[rows])
 
-    result = fit([parameter], loss_of, len(drawn), settings, seed, report)
+    result = fit([parameter], loss_of, len(tokens), settings, seed, report)
     found = {HEAD: parameter.detach().clone(), NORM: torch.ones(inputs.shape[1])}
-    return Finding("head_from_tokens", queries.numel(), {"loss": result.loss}, tensors=found)
+    return Finding("head_from_tokens", figures={"loss": result.loss}, tensors=found), result

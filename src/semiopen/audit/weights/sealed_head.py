@@ -37,6 +37,15 @@ class SealedHead:
         values, places = logits.topk(top)
         return torch.full_like(logits, torch.nan).scatter(-1, places, values)
 
+    def top(self, states: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """States [R, H] -> log-probabilities of the `count` likeliest tokens, and these: [R, count] each."""
+        values, places = self.logits(states).log_softmax(-1).topk(count)
+        return values, places
+
+    def likeliest(self, states: torch.Tensor) -> torch.Tensor:
+        """States [R, H] -> tokens [R] int64."""
+        return self.logits(states).argmax(-1)
+
     def sample(self, states: torch.Tensor, seed: int) -> torch.Tensor:
         """States [..., H] -> tokens [...] int64 at temperature 1."""
         logits = self.logits(states)
@@ -49,10 +58,16 @@ def normalise(states: torch.Tensor, eps: float) -> torch.Tensor:
     return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + eps)
 
 
-def final_states(victim: Victim, queries: torch.Tensor) -> torch.Tensor:
-    """Ask texts [N, T], and run the open blocks on the states: [N, T, H] before the final norm."""
+def open_blocks(victim: Victim) -> Blocks:
+    """What runs on the host between sealed layers and head: states [N, T, H] in, those before the final norm out."""
     config = victim.config
     upper = Blocks(config, victim.sealed.stop, config.num_hidden_layers, on_states=True).requires_grad_(False)
     upper.load({name.removeprefix("model."): tensor for name, tensor in victim.open_tensors.items()})
+    return upper
+
+
+def final_states(victim: Victim, queries: torch.Tensor) -> torch.Tensor:
+    """Ask texts [N, T], and run the open blocks on the states: [N, T, H] before the final norm."""
+    upper = open_blocks(victim)
     with torch.inference_mode():
         return torch.cat([upper(victim.query(part)) for part in queries.split(_BATCH)]).clone()

@@ -6,7 +6,7 @@ read the text that comes out learns a place with each new token and needs none o
 Legend: V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -15,6 +15,8 @@ from semiopen.audit.victim import Victim
 from semiopen.audit.weights.finding import Finding
 from semiopen.audit.weights.key import assign
 from semiopen.audit.weights.layout import HEAD, NORM, fold_gains
+
+Reveal = Callable[[torch.Tensor], torch.Tensor]
 
 _ROUNDS = 25
 _BATCH = 16
@@ -53,13 +55,42 @@ def by_predictions(victim: Victim, known: torch.Tensor) -> Finding:
         victim: its head is open and shuffled.
         known: [N, T] token ids.
     """
+    parts = ((victim.query(part)[:, :-1], part[:, 1:]) for part in known.split(_BATCH))
+    return _finding(victim, "vocabulary_predictions", known.numel(), _likeliest_order(victim, parts))
+
+
+def by_naming(victim: Victim, states: torch.Tensor, most: int, reveal: Reveal) -> Finding:
+    """Have the enclave name the words at those places that are likeliest over many states.
+
+    Args:
+        victim: its head is open and shuffled.
+        states: [N, T, H] that the sealed layers gave out.
+        most: how many words to have named; the others are put at the places left, in any order.
+        reveal: places [C] int64 -> words [C] int64, as whoever reads the text that comes out is told them.
+    """
+    upper, use = upper_part(victim), torch.zeros(victim.config.vocab_size, dtype=torch.float64)
+    with torch.inference_mode():
+        for part in states.split(_BATCH):
+            use += upper(part).softmax(-1).flatten(0, 1).double().sum(0)
+    order = use.argsort(descending=True)
+    asked, others = order[:most], order[most:]
+    words = torch.full_like(order, -1)
+    words[asked] = reveal(asked)
+    left = torch.ones_like(order, dtype=torch.bool)
+    left[words[asked]] = False
+    words[others] = left.nonzero()[:, 0]
+    return _finding(victim, "vocabulary_naming", 0, words)
+
+
+def _likeliest_order(victim: Victim, parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """[V] int64, from states [N, T, H] of the sealed layers and the words [N, T] that followed them."""
     vocabulary = victim.config.vocab_size
     upper, evidence = upper_part(victim), torch.zeros(vocabulary, vocabulary, dtype=torch.float64)
-    for part in known.split(_BATCH):
+    for states, following in parts:
         with torch.inference_mode():
-            said = upper(victim.query(part))[:, :-1].log_softmax(-1).flatten(0, 1).double()
-        evidence.index_add_(0, part[:, 1:].flatten(), said)
-    return _finding(victim, "vocabulary_predictions", known.numel(), assign(evidence))
+            said = upper(states).log_softmax(-1).flatten(0, 1).double()
+        evidence.index_add_(0, following.flatten(), said)
+    return assign(evidence)
 
 
 def by_rows(victim: Victim, relative: Mapping[str, torch.Tensor], rotation: torch.Tensor) -> Finding:
