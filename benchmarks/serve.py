@@ -24,7 +24,7 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +61,18 @@ class Worker:
     """One engine in its process; see `serving_worker`."""
 
     def __init__(
-        self, engine: str, model: Path, keys: Path | None, options: argparse.Namespace, lease: Path | None = None
+        self,
+        engine: str,
+        model: Path,
+        keys: Path | None,
+        options: argparse.Namespace,
+        lease: Path | None = None,
+        wipes: bool = True,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         environment = {
             **os.environ,
+            **(environment or {}),
             "HF_HUB_OFFLINE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -88,6 +96,7 @@ class Worker:
             model=str(model),
             keys=str(keys) if keys else None,
             lease=str(lease) if lease else None,
+            wipes=wipes,
             dtype=options.dtype,
             threads=options.threads,
             compile=options.compile,

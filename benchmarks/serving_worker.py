@@ -4,10 +4,13 @@
                                                                                           first line: what to load
     {"prompts": [[...]], "new_tokens": N, "drawn": BOOL}                                  then: requests to time
 
+With `"wipes": false` in the first line, what ended texts leave in memory stays there.
+
 Times are seconds since the batch was handed over: `first` and `last` token of each request, and `total`.
 """
 
 import asyncio
+import importlib.util
 import json
 import os
 import sys
@@ -20,7 +23,7 @@ DRAWN, GREEDY = {"temperature": 1.0, "top_p": 0.9}, {"temperature": 0.0}
 
 
 class StepClock:
-    """Adds up what the host waits for its enclave, and what the enclave says it computed."""
+    """Adds up what the host waits for its enclave, what the enclave says it computed, and what wiping takes."""
 
     def __init__(self) -> None:
         from semiopen.host.client import EnclaveClient
@@ -59,16 +62,39 @@ class StepClock:
 
         EnclaveClient.choose, EnclaveClient.reveal = timed(choose), timed(reveal)  # type: ignore[method-assign]
         EnclaveClient.step, EnclaveClient._exchange = timed_step, timed_exchange  # type: ignore[method-assign]
+        self._time_wiping()
+
+    def _time_wiping(self) -> None:
+        from semiopen.host.serving.worker import Worker
+
+        def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+            def wipe(*args: Any) -> Any:
+                started = time.perf_counter()
+                result = call(*args)
+                self.wiping += time.perf_counter() - started
+                return result
+
+            return wipe
+
+        Worker._wipe = timed(Worker._wipe)  # type: ignore[method-assign]
+        if importlib.util.find_spec("vllm"):
+            from semiopen.host.vllm_plugin import wiping
+            from semiopen.host.vllm_plugin.sealed_prefix import SealedPrefix
+
+            for name in ("_note_rows", "_wipe_rows", "_wipe_inputs"):
+                setattr(wiping, name, timed(getattr(wiping, name)))
+            for name in ("wipe", "wipe_states"):
+                setattr(SealedPrefix, name, timed(getattr(SealedPrefix, name)))
 
     def reset(self) -> None:
         """Start anew."""
         self.steps = 0
         self.step = self.exchange = self.compute = 0.0
-        self.head = self.head_exchange = self.head_compute = 0.0
+        self.head = self.head_exchange = self.head_compute = self.wiping = 0.0
 
     def as_dict(self) -> dict[str, float]:
         """Seconds since the last reset, and the number of steps."""
-        names = ("steps", "step", "exchange", "compute", "head", "head_exchange", "head_compute")
+        names = ("steps", "step", "exchange", "compute", "head", "head_exchange", "head_compute", "wiping")
         return {name: getattr(self, name) for name in names}
 
 
@@ -145,11 +171,26 @@ def load_transformers(spec: dict[str, Any]) -> Run:
     return run
 
 
+def keep_leftovers() -> None:
+    """Overwrite nothing, to measure what overwriting costs."""
+    from semiopen.host.client import EnclaveClient
+    from semiopen.host.serving.block_pool import BlockPool
+
+    BlockPool.take_unwiped = lambda self: []  # type: ignore[method-assign]
+    EnclaveClient.wipe_arrays = lambda self: None  # type: ignore[method-assign]
+    if importlib.util.find_spec("vllm"):
+        from semiopen.host.vllm_plugin import wiping
+
+        wiping.install = lambda: None
+
+
 def main() -> None:
     """Load, say so, then answer until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
     spec = json.loads(sys.stdin.readline())
+    if not spec["wipes"]:
+        keep_leftovers()
     clock = StepClock() if spec["keys"] else None
     run = {"vllm": load_vllm, "transformers": load_transformers}[spec["engine"]](spec)
     print(json.dumps({"ready": True}), file=answers, flush=True)

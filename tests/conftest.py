@@ -5,6 +5,7 @@ a process. Tests of the process itself start one with `semiopen.host.enclave_pro
 """
 
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from tests.models import save_random_model
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ class Asked:
     request_id: str
     prompt: Sequence[int]
     sampling: Sampling
+    salt: str
 
 
 @dataclass
@@ -44,8 +45,10 @@ class FakeEngine:
     running: int = 0
     most: int = 0
 
-    async def generate(self, request_id: str, prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[Piece]:
-        self.asked.append(Asked(request_id, prompt, sampling))
+    async def generate(
+        self, request_id: str, prompt: Sequence[int], sampling: Sampling, salt: str = ""
+    ) -> AsyncIterator[Piece]:
+        self.asked.append(Asked(request_id, prompt, sampling, salt))
         if self.error is not None:
             raise self.error
         self.running += 1

@@ -291,7 +291,7 @@ def test_chat_logprobs(server, stream):
 
 
 def test_minus_infinity_is_a_number_in_json():
-    async def generate(request_id, prompt, sampling):
+    async def generate(request_id, prompt, sampling, salt):
         yield Piece((7,), (TokenLogprob(-1.0, ((7, -1.0), (8, float("-inf")))),), finish="stop")
 
     engine = FakeEngine(lambda prompt, sampling: [])

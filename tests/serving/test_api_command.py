@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 
 import httpx
 import psutil
@@ -26,9 +27,9 @@ PROMPT = "Once upon a time, there was a xyzzy"
 class Command:
     """A running `semiopen serve`, and what it has printed so far."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, env: Mapping[str, str] = ENVIRONMENT) -> None:
         command = [sys.executable, "-m", "semiopen.cli", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
         self.printed = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

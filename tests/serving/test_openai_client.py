@@ -170,12 +170,12 @@ def test_a_full_queue_is_tried_again_by_the_client():
     engine = FakeEngine(lambda prompt, sampling: ids("Once"), error=EngineBusy("", 0.01))
     generate = engine.generate
 
-    async def once_busy(request_id, prompt, sampling):
-        async for piece in generate(request_id, prompt, sampling):
+    async def once_busy(*request):
+        async for piece in generate(*request):
             yield piece
 
-    def free(request_id, prompt, sampling):
-        stream = once_busy(request_id, prompt, sampling)
+    def free(*request):
+        stream = once_busy(*request)
         if engine.asked:
             engine.error = None
         return stream

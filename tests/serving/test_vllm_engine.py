@@ -22,11 +22,13 @@ from semiopen.host.serving.engine import EngineBusy, EngineUnavailable, RequestR
 PROMPT = [1, 289, 411, 627]
 GREEDY = Sampling(12, temperature=0, logprobs=2, prompt_logprobs=1)
 LONG = Sampling(400, temperature=0, ignore_eos=True)
+SHARED = [1, *range(100, 240)]  # longer than a KV block
+FORGET_AFTER = 0.5  # seconds; requests that share follow each other sooner
 
 
-async def collect(engine: Any, prompt: list[int], sampling: Sampling) -> dict[str, Any]:
+async def collect(engine: Any, prompt: list[int], sampling: Sampling, salt: str = "") -> dict[str, Any]:
     """One request's pieces, put together."""
-    pieces = [piece async for piece in engine.generate(f"r{time.monotonic_ns()}", prompt, sampling)]
+    pieces = [piece async for piece in engine.generate(f"r{time.monotonic_ns()}", prompt, sampling, salt)]
     return {
         "tokens": [token for piece in pieces for token in piece.token_ids],
         "logprobs": [dataclasses.astuple(score) for piece in pieces for score in piece.logprobs],
@@ -56,6 +58,11 @@ async def scenario(engine: Any) -> dict[str, Any]:
     found["stopped"] = await collect(engine, PROMPT, stop)
     found["too long"] = await error_of(engine, [5] * engine.context, GREEDY)
     found["bad"] = await error_of(engine, [10**6], GREEDY)
+
+    short = Sampling(2, temperature=0)
+    found["cached"] = [(await collect(engine, SHARED, short, salt))["cached"] for salt in ("", "a", "a", "b", "")]
+    await asyncio.sleep(3 * FORGET_AFTER + 1)
+    found["cached later"] = (await collect(engine, SHARED, short))["cached"]
 
     running = [asyncio.create_task(collect(engine, [*PROMPT, place], LONG)) for place in range(10, 14)]
     await asyncio.sleep(0.2)
@@ -99,7 +106,15 @@ def main(bundle: str, keys: str, out: str) -> None:
     from semiopen.host.serving.vllm_engine import VllmEngine
 
     engine = VllmEngine.open(
-        bundle, keys=keys, dtype="float32", kv_tokens=8192, max_running=2, max_waiting=2, threads=1, enforce_eager=True
+        bundle,
+        keys=keys,
+        dtype="float32",
+        kv_tokens=8192,
+        max_running=2,
+        max_waiting=2,
+        threads=1,
+        forget_after=FORGET_AFTER,
+        enforce_eager=True,
     )
     Path(out).write_text(json.dumps(asyncio.run(scenario(engine))))
 
@@ -163,6 +178,11 @@ def test_the_token_that_ends_a_text_is_not_in_it(found):
 def test_refusals(found):
     assert found["too long"] == found["bad"] == "RequestRefused"
     assert found["busy"] == "EngineBusy"
+
+
+def test_texts_of_other_salts_share_nothing_and_all_are_forgotten_after_a_while(found):
+    assert [bool(count) for count in found["cached"]] == [False, False, True, False, True]
+    assert found["cached later"] == 0
 
 
 def test_an_aborted_request_frees_its_place(found):

@@ -147,6 +147,10 @@ REFUSED = {
     },
     "prompt embeddings": {"enable_prompt_embeds": True},
     "load format 'dummy'": {"load_format": "dummy"},
+    "a KV connector": {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+    "KV blocks offloaded": {"kv_offloading_size": 1},
+    "KV events": {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
+    "a scheduler of your own": {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
     "steps of at most 8192 tokens of 512 sequences": {"max_num_seqs": 513},
 }
 

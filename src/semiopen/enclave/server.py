@@ -32,6 +32,7 @@ from semiopen.enclave.trusted_state import (
     check_rows,
     check_step,
     check_unmix,
+    check_wipe,
     check_words,
 )
 from semiopen.errors import ProtocolError
@@ -61,6 +62,8 @@ from semiopen.protocol.messages import (
     Unmix,
     Unmixed,
     Welcome,
+    Wipe,
+    Wiped,
     dump,
     parse,
 )
@@ -77,6 +80,14 @@ class Session:
     arrays: SharedArrays
     cache: KVCache
     ledger: SlotLedger
+
+    def wipe(self, blocks: np.ndarray | None = None) -> None:
+        """Write zeros over these KV blocks [N], or all, which count as never written then."""
+        used = self.ledger.used(blocks)
+        if len(used):
+            with torch.inference_mode():  # as the cache was made
+                self.cache.wipe(used)
+            self.ledger.wiped(used)
 
 
 @dataclass(eq=False)  # hashed by identity
@@ -174,16 +185,20 @@ class Server:
             if isinstance(self.handle(client, dump(Unmix(block=0, rows=1, back=back)), []), Failed):
                 raise RuntimeError("attention cannot be put in order")
         self._meter = meter
+        if isinstance(self.handle(client, dump(Wipe(blocks=[0])), []), Failed):
+            raise RuntimeError("KV blocks cannot be wiped")
         for payload in (
             dump(Hello()),
             dump(Status()),
             dump(Reveal(count=1)),
             dump(Unmix(block=self._limits.mixed_blocks, rows=1)),
+            dump(Wipe(blocks=[2])),
             dump(Step(tokens=2, sequences=1, width=1, copies=0, score_cap=True)),  # refused: its arrays hold one
             b"{",
         ):
             self._answer(client, payload)
         self._clients.discard(client)
+        session.wipe()
         if self._counters.steps != 3:
             raise RuntimeError("the prefix cannot run a step")
         self._counters = Counters()
@@ -266,7 +281,9 @@ class Server:
         selector.unregister(client.connection)
         client.connection.close()
         self._clients.discard(client)
-        client.session = None  # frees its KV cache and shared memory
+        session, client.session = client.session, None
+        if session is not None:
+            session.wipe()  # what it shared with the client goes with the last of both mappings
 
     def _answer(self, client: Client, payload: bytes) -> None:
         descriptors: list[int] = []
@@ -313,6 +330,8 @@ class Server:
                 return self._reveal(client, request)
             case Unmix() as request:
                 return self._unmix(client, request)
+            case Wipe() as request:
+                return self._wipe(client, request)
 
     def _status(self) -> StatusIs:
         sessions = [client.session for client in self._clients if client.session]
@@ -435,6 +454,11 @@ class Server:
         with torch.inference_mode():
             self._order.put(session.arrays.attention[: request.rows], request.block, request.back)
         return Unmixed(rows=request.rows)
+
+    def _wipe(self, client: Client, request: Wipe) -> Wiped:
+        session = _session(client)
+        session.wipe(check_wipe(request, session.blocks))
+        return Wiped(blocks=len(request.blocks))
 
     def _sealed_head(self) -> SealedHead:
         if self._head is None:

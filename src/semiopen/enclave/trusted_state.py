@@ -19,7 +19,7 @@ from semiopen.errors import LeaseError
 from semiopen.model.packed_step import WHOLE, PackedStep, slots_of
 from semiopen.model.plan import Head
 from semiopen.protocol.channel import SETTINGS, Layout, SharedArrays
-from semiopen.protocol.messages import Choose, FailureCode, Open, Step, Unmix
+from semiopen.protocol.messages import Choose, FailureCode, Open, Step, Unmix, Wipe
 
 _FEW_SLOTS = 1 << 16  # of which looking at some twice costs less than finding out which
 
@@ -218,6 +218,7 @@ class SlotLedger:
         self._size = block_size
         self._next = np.zeros((tables, blocks, block_size), dtype=np.int32)  # position + 1, so that 0 is empty
         self._reach = np.zeros((tables, blocks), dtype=np.int32)  # 0 where the first slot is empty
+        self._used = np.zeros(blocks, dtype=bool)  # not wiped since something was written there, or tried to be
         self._places = np.arange(block_size, dtype=np.int32)
 
     def admit(self, step: CheckedStep) -> None:
@@ -247,6 +248,9 @@ class SlotLedger:
                 "position",
                 "A sequence claims tokens that its KV blocks do not hold; send its tokens from the start.",
             )
+        self._used[copied_to] = True
+        for slots in step.slots:
+            self._used[slots // self._size] = True
 
     def _measure(self, table: int, slots: np.ndarray) -> None:
         """Bring `_reach` up to date for the blocks of these slots, which have just been written."""
@@ -286,6 +290,16 @@ class SlotLedger:
             self._measure(table, slots)
         self._next[:, step.copies[:, 1]] = 0
         self._reach[:, step.copies[:, 1]] = 0
+
+    def used(self, blocks: np.ndarray | None = None) -> np.ndarray:
+        """Which of these blocks [N], or of all, may hold something."""
+        return np.flatnonzero(self._used) if blocks is None else blocks[self._used[blocks]]
+
+    def wiped(self, blocks: np.ndarray) -> None:
+        """Mark these blocks as never written, and as holding nothing."""
+        self._next[:, blocks] = 0
+        self._reach[:, blocks] = 0
+        self._used[blocks] = False
 
 
 def _slices(step: CheckedStep) -> Iterator[slice]:
@@ -469,6 +483,20 @@ def check_words(arrays: SharedArrays, layout: Layout, limits: Limits, count: int
     if _is_outside(words, limits.vocab_size):
         raise Refused("token", f"A word is outside the vocabulary of {limits.vocab_size}.")
     return words
+
+
+def check_wipe(request: Wipe, blocks: int) -> np.ndarray:
+    """Numbers [N] int64 of the KV blocks to wipe, each once, of a session that has `blocks`.
+
+    Blocks that are in use may be wiped as well: they count as never written then, so that no step reads them.
+
+    Raises:
+        Refused: `block`.
+    """
+    named = np.unique(np.array(request.blocks, dtype=np.int64))
+    if _is_outside(named, blocks):
+        raise Refused("block", f"A block to wipe is outside this session's {blocks}.")
+    return named
 
 
 def check_unmix(request: Unmix, layout: Layout, limits: Limits) -> None:

@@ -18,6 +18,7 @@ from semiopen.errors import EnclaveError, ProtocolError
 from semiopen.protocol.channel import Layout, SharedArrays
 from semiopen.protocol.framing import FrameDecoder, encode_frame
 from semiopen.protocol.messages import (
+    MAX_WIPED,
     REPLY,
     Backward,
     Choose,
@@ -38,6 +39,8 @@ from semiopen.protocol.messages import (
     Unmix,
     Unmixed,
     Welcome,
+    Wipe,
+    Wiped,
     dump,
     parse,
 )
@@ -317,6 +320,21 @@ class EnclaveClient:
                 parts.append(arrays.attention[: len(part)].clone())
         return torch.cat(parts)
 
+    def wipe(self, blocks: Sequence[int]) -> None:
+        """Have the enclave write zeros over KV blocks whose text has ended.
+
+        Raises:
+            EnclaveError: a block is not of this session (`block`), or the enclave is gone.
+        """
+        for begin in range(0, len(blocks), MAX_WIPED):
+            self._ask(Wipe(blocks=list(blocks[begin : begin + MAX_WIPED])), Wiped)
+
+    def wipe_arrays(self) -> None:
+        """Write zeros over the shared memory: tokens, states and logits of the last requests."""
+        with self._lock:
+            if self._arrays is not None:
+                self._arrays.wipe()
+
     def _need_arrays(self) -> SharedArrays:
         assert self._arrays is not None, "open a session first"
         return self._arrays
@@ -359,7 +377,9 @@ class EnclaveClient:
         return self._ask(Status(), StatusIs)
 
     def close(self) -> None:
-        """End the session; the enclave frees its KV cache."""
+        """End the session; the enclave wipes and frees its KV cache."""
+        if self._arrays is not None:
+            self._arrays.wipe()
         self._socket.close()
 
     def _ask(self, request: BaseModel, expected: type[ReplyT]) -> ReplyT:

@@ -55,6 +55,7 @@ class EnclaveSession:
             EnclaveError: a sequence longer than the context, no KV blocks left, or the enclave is gone.
         """
         self._check(input_ids, tokens, rows)
+        self._wipe()
         welcome = self.client.welcome
         states = torch.zeros(*input_ids.shape, welcome.hidden_size, dtype=getattr(torch, welcome.dtype))
         packed = torch.empty(int(tokens.sum()), welcome.hidden_size, dtype=states.dtype)
@@ -92,7 +93,20 @@ class EnclaveSession:
                 end += 1
             parts.append(self.run(input_ids[begin:end], tokens[begin:end], self.rows(end - begin)))
             begin = end
+        self._wipe()
         return torch.cat(parts)
+
+    def _wipe(self) -> None:
+        """Have the enclave overwrite the blocks of texts that have ended.
+
+        Not when they end: that is when Python drops their cache, at any moment, in the middle of a request even.
+        """
+
+        def wipe(blocks: list[int]) -> None:
+            self.client.wipe(blocks)
+            self.client.wipe_arrays()
+
+        self.pool.wipe(wipe)
 
     def _check(self, input_ids: torch.Tensor, tokens: torch.Tensor, rows: Rows) -> None:
         welcome = self.client.welcome

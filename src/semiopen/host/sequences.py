@@ -6,6 +6,8 @@ writes to it. The enclave checks all of this again; a mistake here is an error t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from semiopen.errors import EnclaveError
@@ -20,11 +22,12 @@ class BlockPool:
         self.block_size = block_size
         self._free = list(range(blocks - 1, -1, -1))
         self._references = [0] * blocks
+        self._unwiped: list[int] = []  # free as well, but they hold what was written last
 
     @property
     def free(self) -> int:
         """Number of blocks nobody holds."""
-        return len(self._free)
+        return len(self._free) + len(self._unwiped)
 
     def take(self) -> int:
         """Return a block of one's own.
@@ -32,14 +35,14 @@ class BlockPool:
         Raises:
             EnclaveError: none is left.
         """
-        if not self._free:
+        if not self.free:
             total = len(self._references)
             raise EnclaveError(
                 f"The enclave's KV cache of {total * self.block_size} tokens is full; use a smaller batch or shorter "
                 "texts, or load the model with a larger kv_tokens.",
                 "limit",
             )
-        block = self._free.pop()
+        block = (self._free or self._unwiped).pop()  # the step that begins a block wipes it
         self._references[block] = 1
         return block
 
@@ -52,7 +55,16 @@ class BlockPool:
         """Count one holder less; the last one frees the block."""
         self._references[block] -= 1
         if not self._references[block]:
-            self._free.append(block)
+            self._unwiped.append(block)
+
+    def wipe(self, wipe: Callable[[list[int]], object]) -> None:
+        """Have `wipe` overwrite the blocks that were freed since the last time; nobody takes them meanwhile."""
+        blocks, self._unwiped = self._unwiped, []
+        try:
+            if blocks:
+                wipe(blocks)
+        finally:
+            self._free += blocks
 
     def is_shared(self, block: int) -> bool:
         """Whether more than one row holds `block`."""

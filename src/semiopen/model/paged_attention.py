@@ -82,6 +82,18 @@ class KVCache:
                 blocks[:, copies[:, 1]] = blocks[:, copies[:, 0]]
                 blocks[:, begun[self._tables[layer]]] = 0
 
+    def wipe(self, blocks: np.ndarray) -> None:
+        """Write zeros over all that KV blocks [N] hold."""
+        places = torch.from_numpy(blocks)
+        for caches in self._layers.values():
+            for cache in caches:
+                _in_blocks(cache, self._block_size).index_fill_(1, places.to(cache.device), 0)
+
+    def forget(self) -> None:
+        """Give all memory back to the system, which overwrites it before anybody gets it."""
+        self._layers.clear()
+        self._tables.clear()
+
     def _empty(self, new: torch.Tensor) -> torch.Tensor:
         # Not torch.zeros, which writes to every page. Huge pages would take 2 MiB for the first token of each head.
         shape = (new.shape[0], self._slots, new.shape[2])

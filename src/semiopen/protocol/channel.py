@@ -146,6 +146,17 @@ class SharedArrays:
         self.history_at = arrays["history_at"]
         self.chosen = arrays["chosen"]
 
+    def wipe(self) -> None:
+        """Make all of it zeros, for both sides.
+
+        Its pages go back to the system, which overwrites them before anybody gets them, so that this costs only what
+        was used. Where pages are locked they are overwritten here.
+        """
+        try:
+            self._map.madvise(mmap.MADV_REMOVE)
+        except OSError:
+            np.frombuffer(self._map, dtype=np.uint8)[:] = 0
+
 
 def create_shared_memory(layout: Layout) -> int:
     """Create the memory of a session and return its descriptor, sealed against any change of size.

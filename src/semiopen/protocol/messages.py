@@ -13,6 +13,7 @@ Tensors never travel here: they lie in the shared memory described by `channel`,
     Backward  Gradients   a sealed head: from gradients of the logits, those of the states
     Reveal    Revealed    a shuffled head: what the words that lie there are in truth
     Unmix     Unmixed     kv: enclave: put attention of an open block, which lies there, in order
+    Wipe      Wiped       overwrite KV blocks whose text has ended
     Status    StatusIs    how busy are you
 
 A process that provides an enclave with its key sends `Provision` on the enclave's standard input, behind the
@@ -30,6 +31,7 @@ from semiopen.model.plan import Head
 MessageT = TypeVar("MessageT")
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 8, 1024  # tokens in a KV block
 _MAX_COUNT = 2**31 - 1
+MAX_WIPED = 4096  # KV blocks that one `Wipe` may name; their numbers fit a frame
 _MAX_SHOWN = 80  # characters of a malformed field's name that a refusal repeats, as the sender chose them
 Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
 Total = Annotated[int, Field(ge=0, le=2**63 - 1)]  # counts up for as long as an enclave runs
@@ -220,6 +222,20 @@ class Unmixed(_Message):
     rows: Positive
 
 
+class Wipe(_Message):
+    """Ask for zeros in KV blocks of this session, which count as never written then."""
+
+    kind: Literal["wipe"] = "wipe"
+    blocks: Annotated[list[Count], Field(min_length=1, max_length=MAX_WIPED)]
+
+
+class Wiped(_Message):
+    """They hold zeros."""
+
+    kind: Literal["wiped"] = "wiped"
+    blocks: Positive
+
+
 class Status(_Message):
     """Ask for counters. Needs no session."""
 
@@ -288,8 +304,8 @@ class Ready(_Message):
     kind: Literal["ready"] = "ready"
 
 
-AnyRequest = Hello | Open | Step | Choose | Score | Backward | Reveal | Unmix | Status
-AnyReply = Welcome | Opened | Stepped | Chosen | Scored | Gradients | Revealed | Unmixed | StatusIs | Failed
+AnyRequest = Hello | Open | Step | Choose | Score | Backward | Reveal | Unmix | Wipe | Status
+AnyReply = Welcome | Opened | Stepped | Chosen | Scored | Gradients | Revealed | Unmixed | Wiped | StatusIs | Failed
 
 REQUEST: TypeAdapter[AnyRequest] = TypeAdapter(Annotated[AnyRequest, Field(discriminator="kind")])
 REPLY: TypeAdapter[AnyReply] = TypeAdapter(Annotated[AnyReply, Field(discriminator="kind")])

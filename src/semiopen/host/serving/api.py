@@ -1,6 +1,7 @@
 """The OpenAI-compatible API before an engine."""
 
 import contextlib
+import hashlib
 import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from semiopen.host.serving.schemas import (
     prompts_of,
 )
 from semiopen.host.serving.transport import (
+    KEY_DIGEST,
     EventStream,
     Guard,
     HungUp,
@@ -62,6 +64,7 @@ class Settings:
         side_by_side: texts of one request that run at the same time.
         sampling: defaults for requests that do not say, of the names in `SAMPLING_DEFAULTS`.
         chat_template: replaces the tokenizer's own.
+        share_prefixes: whether requests of different API keys begin with each other's KV blocks.
     """
 
     model: str
@@ -72,6 +75,7 @@ class Settings:
     side_by_side: int = 16
     sampling: Mapping[str, float] = field(default_factory=dict)
     chat_template: str | None = None
+    share_prefixes: bool = False
 
 
 def create_app(engine: Engine, tokenizer: Any, settings: Settings) -> Guard:
@@ -204,7 +208,7 @@ class _Server:
                 echo = given if isinstance(given, str) else self._prompts.decode(tokens)
             for choice in range(n):
                 sampling = self._sampling(body, max_tokens, choice, body.logprobs, body.logprobs if scored else None)
-                jobs.append(self._job(body, f"{request_id}-{len(jobs)}", tokens, sampling, echo))
+                jobs.append(self._job(request, body, f"{request_id}-{len(jobs)}", tokens, sampling, echo))
         form = CompletionFormat(
             request_id,
             self._settings.model,
@@ -233,7 +237,12 @@ class _Server:
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         jobs = [
             self._job(
-                body, f"{request_id}-{choice}", tokens, self._sampling(body, max_tokens, choice, logprobs, None), None
+                request,
+                body,
+                f"{request_id}-{choice}",
+                tokens,
+                self._sampling(body, max_tokens, choice, logprobs, None),
+                None,
             )
             for choice in range(body.n or 1)
         ]
@@ -289,7 +298,13 @@ class _Server:
         return run_all(self._engine, self._vocabulary, jobs, self._metrics, self._settings.side_by_side)
 
     def _job(
-        self, body: GenerationRequest, request_id: str, tokens: Sequence[int], sampling: Sampling, echo: str | None
+        self,
+        request: Request,
+        body: GenerationRequest,
+        request_id: str,
+        tokens: Sequence[int],
+        sampling: Sampling,
+        echo: str | None,
     ) -> Job:
         return Job(
             request_id,
@@ -300,7 +315,14 @@ class _Server:
             report=sampling.logprobs is not None,
             special=body.skip_special_tokens is False,
             include_stop=bool(body.include_stop_str_in_output),
+            salt=self._salt(request, body),
         )
+
+    def _salt(self, request: Request, body: GenerationRequest) -> str:
+        """Whose KV blocks a text may begin with: those of the same API key and `cache_salt`."""
+        key = b"" if self._settings.share_prefixes else request.scope.get(KEY_DIGEST, b"")
+        given = (body.cache_salt or "").encode()
+        return hashlib.sha256(key + given).hexdigest() if key or given else ""
 
     def _sampling(
         self,

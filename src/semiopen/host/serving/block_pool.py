@@ -1,7 +1,8 @@
 """KV blocks of one engine: who holds them, and which hold text that a later request may begin with.
 
 A block is in one of three states: held (by one or several sequences), idle (held by nobody, but its text is known and
-may be asked for again), or empty. A block that several sequences hold is full, and nobody writes to it any more.
+may be asked for again), or empty. A block that several sequences hold is full, and nobody writes to it any more. Blocks
+that became empty are told to whoever wipes them; one that is taken before is wiped by the step that begins it.
 """
 
 import hashlib
@@ -12,12 +13,21 @@ from collections.abc import Sequence
 ROOT = b""  # stands before the first block of a text
 
 
+def root_of(salt: str) -> bytes:
+    """What stands before the first block instead, so that texts of different salts have no name in common."""
+    return hashlib.blake2b(salt.encode(), digest_size=32).digest() if salt else ROOT
+
+
 def text_hash(before: bytes, tokens: Sequence[int]) -> bytes:
     """Name a full block by its tokens and by all blocks before it, so that equal names mean equal keys and values.
 
     A cryptographic hash: with a weak one, a client could make texts that collide and read another's answers.
     """
-    return hashlib.blake2b(before + array("i", tokens).tobytes(), digest_size=16).digest()
+    packed = array("i", tokens)
+    digest = hashlib.blake2b(before, digest_size=16)
+    digest.update(packed)
+    memoryview(packed).cast("B")[:] = bytes(len(packed) * packed.itemsize)  # freed memory keeps what was in it
+    return digest.digest()
 
 
 class BlockPool:
@@ -30,6 +40,7 @@ class BlockPool:
         self._holders = [0] * blocks
         self._name: list[bytes | None] = [None] * blocks
         self._named: dict[bytes, int] = {}
+        self._unwiped: set[int] = set()  # empty, but not overwritten yet
 
     @property
     def free(self) -> int:
@@ -44,6 +55,7 @@ class BlockPool:
         """
         if self._empty:
             block = self._empty.pop()
+            self._unwiped.discard(block)
         elif self._idle:
             block, _ = self._idle.popitem(last=False)
             self._forget(block)
@@ -80,6 +92,7 @@ class BlockPool:
                 continue
             if self._name[block] is None:
                 self._empty.append(block)
+                self._unwiped.add(block)
             else:
                 self._idle[block] = None
 
@@ -92,9 +105,16 @@ class BlockPool:
     def forget_texts(self) -> None:
         """Forget what all blocks hold; those that are held stay so."""
         self._empty += self._idle
+        self._unwiped.update(self._idle)
         self._idle.clear()
         self._named.clear()
         self._name = [None] * self.blocks
+
+    def take_unwiped(self) -> list[int]:
+        """Empty blocks that hold what was written last; the caller overwrites them now."""
+        blocks = sorted(self._unwiped)
+        self._unwiped.clear()
+        return blocks
 
     def _forget(self, block: int) -> None:
         name = self._name[block]

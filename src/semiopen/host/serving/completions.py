@@ -21,6 +21,7 @@ class Job:
         report: whether to report tokens with their log-probabilities; with `echo` the prompt's as well.
         special: whether special tokens show in the text.
         include_stop: whether the stop string that ends the text shows.
+        salt: see `Engine.generate`.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class Job:
     report: bool = False
     special: bool = False
     include_stop: bool = False
+    salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ async def run(engine: Engine, vocabulary: Vocabulary, job: Job, metrics: Metrics
             timeline.finish = "length"
             yield text.take(Piece((), finish="length"))
             return
-        pieces = engine.generate(job.request_id, job.prompt, job.sampling)
+        pieces = engine.generate(job.request_id, job.prompt, job.sampling, job.salt)
         async with contextlib.aclosing(pieces):  # type: ignore[type-var] - engines give generators
             async for piece in pieces:
                 delta = text.take(piece)

@@ -119,8 +119,12 @@ class Engine(Protocol):
         """Whether requests are served now; false while the enclave is started again."""
         ...
 
-    def generate(self, request_id: str, prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[Piece]:
+    def generate(
+        self, request_id: str, prompt: Sequence[int], sampling: Sampling, salt: str = ""
+    ) -> AsyncIterator[Piece]:
         """Run one request. Closing the iterator early aborts it and frees its blocks at once.
+
+        It begins only with KV blocks that requests of the same `salt` have computed, and leaves its own to those.
 
         Raises:
             EngineBusy, EngineUnavailable, RequestRefused: see there; at the first step of the iterator or later.

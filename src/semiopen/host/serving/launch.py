@@ -45,6 +45,8 @@ class Options:
     dtype: str | None = None
     threads: int = 0
     lease: Path | None = None
+    share_prefixes: bool = False
+    forget_after: float | None = None
 
 
 @dataclass
@@ -111,6 +113,7 @@ def prepare(options: Options) -> Ready:
             side_by_side=options.max_running,
             sampling=sampling_defaults(folder),
             chat_template=template,
+            share_prefixes=options.share_prefixes,
         )
         app = create_app(engine, tokenizer, settings)
         listener.listen(server.BACKLOG)  # who reads "serving" and connects at once has to wait a moment, no more
@@ -177,6 +180,7 @@ def _open_engine(options: Options) -> Engine:
         threads=options.threads,
         adapter=options.adapter,
         lease=options.lease,
+        forget_after=options.forget_after,
     )
 
 

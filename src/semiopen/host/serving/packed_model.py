@@ -6,6 +6,7 @@ an ordinary one, so that both can be compared in one engine.
 Legend: T tokens of a step, N rows whose logits are wanted, V vocabulary, H hidden size.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,13 +46,17 @@ class PackedModel:
             head.gives_states = True
         self.device: torch.device = model.device
         self._windows: list[int | None] = [window or None for window in sorted(set(attention_windows(model.config)))]
-        self._size = (blocks, block_size)
-        self.forget()
+        kind = KVCache if self.device.type == "cpu" else _DeviceCache
+        self._cache = kind(blocks, block_size)
 
     def forget(self) -> None:
-        """Begin with an empty cache."""
-        kind = KVCache if self.device.type == "cpu" else _DeviceCache
-        self._cache = kind(*self._size)
+        """Empty the cache; nothing of it stays in memory."""
+        self._cache.forget()
+
+    @torch.inference_mode()
+    def wipe(self, blocks: Sequence[int]) -> None:
+        """Write zeros over KV blocks whose text has ended."""
+        self._cache.wipe(np.array(blocks, dtype=np.int64))
 
     @torch.inference_mode()
     def run(self, step: PackedStep, session: Session | None, rows: list[int] | None) -> torch.Tensor:
@@ -105,10 +110,13 @@ class _DeviceCache(KVCache):
         """Wipe the blocks that a step begins; see `KVCache`. This engine has no copies."""
         begun = np.unique(step.slots[0, step.positions % step.block_size == 0] // step.block_size)
         if len(begun):
-            for caches in self._layers.values():
-                for cache in caches:
-                    blocks = cache.view(cache.shape[0], -1, step.block_size * cache.shape[2])
-                    blocks.index_fill_(1, torch.from_numpy(begun).to(cache.device), 0)
+            self.wipe(begun)
+
+    def forget(self) -> None:
+        """Write zeros over everything: an allocator of tensors gives memory on as it is."""
+        for caches in self._layers.values():
+            for cache in caches:
+                cache.zero_()
 
     def _empty(self, new: torch.Tensor) -> torch.Tensor:
         return new.new_zeros(new.shape[0], self._slots, new.shape[2])

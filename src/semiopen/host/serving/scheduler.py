@@ -29,6 +29,7 @@ class SequenceState:
         tokens: prompt and generated tokens; only appended to.
         prompt_len: how many of them are the prompt.
         computed: tokens whose keys and values are in the cache.
+        root: stands before its text; only sequences of the same root share blocks.
         use_cached: whether it may begin with blocks that another sequence computed.
         cached_tokens: prompt tokens found in the cache when it first ran; None before.
         row: its row of the block table while it runs, else -1.
@@ -36,6 +37,7 @@ class SequenceState:
 
     tokens: list[int]
     prompt_len: int
+    root: bytes = ROOT
     use_cached: bool = True
     computed: int = 0
     cached_tokens: int | None = None
@@ -239,7 +241,9 @@ class Scheduler(Generic[SequenceT]):
         """Extend `sequence.names` to its first `count` blocks."""
         size, names = self._block_size, sequence.names
         for index in range(len(names), count):
-            names.append(text_hash(names[-1] if names else ROOT, sequence.tokens[index * size : (index + 1) * size]))
+            names.append(
+                text_hash(names[-1] if names else sequence.root, sequence.tokens[index * size : (index + 1) * size])
+            )
 
 
 _NO_COPIES = np.zeros((0, 2), dtype=np.int64)

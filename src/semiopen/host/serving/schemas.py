@@ -15,6 +15,7 @@ from semiopen.host.serving.errors import ApiError, bad
 MAX_CHOICES = 128  # texts of one request: prompts times n
 MAX_LOGPROBS = 20
 MAX_STOPS, MAX_STOP_CHARACTERS = 64, 1024
+MAX_SALT = 1024  # characters
 INT64 = 1 << 63
 
 # What each refused field may still say: what it means when it is left out.
@@ -79,6 +80,7 @@ class GenerationRequest(BaseModel):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None
 
     @field_validator("stop")
     @classmethod

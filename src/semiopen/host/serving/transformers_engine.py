@@ -22,6 +22,7 @@ from semiopen.host.client import EnclaveClient
 from semiopen.host.enclave_process import EnclaveProcess
 from semiopen.host.opening import build, check_match
 from semiopen.host.sequences import BLOCK_SIZE
+from semiopen.host.serving.block_pool import root_of
 from semiopen.host.serving.enclave_choice import check_rights, new_seed
 from semiopen.host.serving.enclave_link import EnclaveLink
 from semiopen.host.serving.engine import (
@@ -56,6 +57,7 @@ class TransformersEngine:
         max_waiting: int = MAX_WAITING,
         step_tokens: int = STEP_TOKENS,
         threads: int = 0,
+        forget_after: float | None = None,
     ) -> None:
         """Start to serve a model; `open` and `open_plain` load one first.
 
@@ -68,6 +70,7 @@ class TransformersEngine:
             max_waiting: requests that wait beyond those; a further one is `EngineBusy`.
             step_tokens: tokens of one step; what prompts bring beyond it goes to later steps.
             threads: CPU threads of the model; 0 for torch's choice.
+            forget_after: seconds without a request after which the prefix cache is wiped; None keeps it.
 
         Raises:
             EnclaveError: the enclave has less to give.
@@ -99,6 +102,7 @@ class TransformersEngine:
             None if client is None else open_session(client),
             None if link is None else lambda: open_session(link.connect()),
             self._deliver,
+            forget_after,
         )
         self._worker.start()
 
@@ -117,6 +121,7 @@ class TransformersEngine:
         max_waiting: int = MAX_WAITING,
         step_tokens: int = STEP_TOKENS,
         threads: int = 0,
+        forget_after: float | None = None,
         adapter: str | Path | None = None,
         lease: str | Path | None = None,
     ) -> "TransformersEngine":
@@ -130,7 +135,7 @@ class TransformersEngine:
             dtype: dtype of open blocks and enclave; the bundle's own when None.
             vendor_key: file of the vendor's public key; without, that in `keys`, or what the enclave says.
             device: where the open blocks run.
-            kv_tokens, max_running, max_waiting, step_tokens: see the constructor.
+            kv_tokens, max_running, max_waiting, step_tokens, forget_after: see the constructor.
             threads: CPU threads of the open blocks, and of a dev enclave started here.
             adapter: folder of a PEFT adapter to merge into the open blocks.
             lease: file of the vendor's lease, for a dev enclave started here; read again whenever that is.
@@ -174,6 +179,7 @@ class TransformersEngine:
                 max_waiting=max_waiting,
                 step_tokens=step_tokens,
                 threads=threads,
+                forget_after=forget_after,
             )
             cleanup.pop_all()
         return engine
@@ -208,9 +214,11 @@ class TransformersEngine:
         """Whether requests are served now; false while the enclave is started again."""
         return self._worker.ready
 
-    async def generate(self, request_id: str, prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[Piece]:
+    async def generate(
+        self, request_id: str, prompt: Sequence[int], sampling: Sampling, salt: str = ""
+    ) -> AsyncIterator[Piece]:
         """Run one request; see `Engine.generate`. The id is only a name: this engine keeps none."""
-        generation = self._admit(prompt, sampling)
+        generation = self._admit(prompt, sampling, salt)
         try:
             while True:
                 item = await generation.mailbox.get()
@@ -244,7 +252,7 @@ class TransformersEngine:
         if self._link is not None:
             await asyncio.to_thread(self._link.close)
 
-    def _admit(self, prompt: Sequence[int], sampling: Sampling) -> Generation:
+    def _admit(self, prompt: Sequence[int], sampling: Sampling, salt: str) -> Generation:
         if not self._worker.ready:
             raise EngineUnavailable("The engine is not ready, as its enclave is being started; try again in a moment.")
         self._check(prompt, sampling)
@@ -260,6 +268,7 @@ class TransformersEngine:
         generation = Generation(
             tokens=tokens,
             prompt_len=len(tokens),
+            root=root_of(salt),
             use_cached=not scored,  # cached tokens are not computed, so they could not be scored
             sampling=sampling,
             sampler=Sampler(sampling, tokens),

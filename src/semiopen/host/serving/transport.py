@@ -18,6 +18,7 @@ T = TypeVar("T")
 logger = logging.getLogger("semiopen.serving")
 
 OPEN_PATHS = frozenset({"/health", "/live", "/metrics", "/version"})  # for probes, which have no key
+KEY_DIGEST = "semiopen.key"  # in a request's scope: digest of the API key that it was let in with
 BODY_SECONDS = 60.0  # for a client to send its request
 START_SECONDS = 2.0  # a stream's headers wait no longer for its first event
 
@@ -71,6 +72,7 @@ class Guard:
         digest = hashlib.sha256(key.strip()).digest()
         # Each key is compared, and in constant time, so that nobody learns a key or its place from the time it takes.
         matches = [hmac.compare_digest(digest, known) for known in self._keys]
+        scope[KEY_DIGEST] = digest
         return scheme.lower() == b"bearer" and any(matches)
 
 

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -60,6 +61,7 @@ class VllmEngine:
         kv_tokens: int | None,
         capacity: int,
         adapter: Path | None = None,
+        forget_after: float | None = None,
     ) -> None:
         """Start vLLM; `open` and `open_plain` make the arguments.
 
@@ -69,6 +71,7 @@ class VllmEngine:
             kv_tokens: tokens that the KV cache holds; vLLM's own choice when None.
             capacity: requests at once, running and waiting; a further one is `EngineBusy`.
             adapter: folder of a PEFT adapter that all requests use.
+            forget_after: seconds without a request after which the prefix cache is wiped; None keeps it.
         """
         self.name = name
         self._arguments = dict(arguments)
@@ -76,6 +79,9 @@ class VllmEngine:
         self._capacity = capacity
         self._lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
         self._active = 0
+        self._forget_after = forget_after
+        self._unforgotten = False  # whether there was a request since the prefix cache was wiped
+        self._last_end = 0.0
         self._closed = False
         self._counts = _Counts()
         self._watcher: asyncio.Task[None] | None = None
@@ -96,6 +102,7 @@ class VllmEngine:
         threads: int = 0,
         adapter: str | Path | None = None,
         lease: str | Path | None = None,
+        forget_after: float | None = None,
         **arguments: Any,
     ) -> "VllmEngine":
         """Open a bundle; see `TransformersEngine.open`. Further arguments are vLLM's `AsyncEngineArgs`."""
@@ -115,6 +122,7 @@ class VllmEngine:
             max_waiting=max_waiting,
             threads=threads,
             adapter=adapter,
+            forget_after=forget_after,
             **arguments,
         )
 
@@ -129,6 +137,7 @@ class VllmEngine:
         max_waiting: int = 256,
         threads: int = 0,
         adapter: str | Path | None = None,
+        forget_after: float | None = None,
         **arguments: Any,
     ) -> "VllmEngine":
         """Serve an ordinary model folder, unprotected."""
@@ -140,7 +149,14 @@ class VllmEngine:
         if adapter is not None:
             adapter = Path(adapter).resolve()
             arguments = {"enable_lora": True, "max_lora_rank": _lora_room(adapter), **arguments}
-        return cls(path.name, arguments, kv_tokens=kv_tokens, capacity=max_running + max_waiting, adapter=adapter)
+        return cls(
+            path.name,
+            arguments,
+            kv_tokens=kv_tokens,
+            capacity=max_running + max_waiting,
+            adapter=adapter,
+            forget_after=forget_after,
+        )
 
     @property
     def ready(self) -> bool:
@@ -148,7 +164,9 @@ class VllmEngine:
         self._watch()
         return self._llm is not None and not self._llm.errored
 
-    async def generate(self, request_id: str, prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[Piece]:
+    async def generate(
+        self, request_id: str, prompt: Sequence[int], sampling: Sampling, salt: str = ""
+    ) -> AsyncIterator[Piece]:
         """Run one request; see `Engine.generate`."""
         self._watch()
         llm = self._llm
@@ -162,10 +180,12 @@ class VllmEngine:
             )
         vocab_size = llm.model_config.get_vocab_size()
         self._active += 1
+        self._unforgotten = True
+        given = TokensPrompt(prompt_token_ids=list(prompt))
+        if salt:
+            given["cache_salt"] = salt
         try:
-            outputs = llm.generate(
-                TokensPrompt(prompt_token_ids=list(prompt)), _params(sampling), request_id, lora_request=self._lora
-            )
+            outputs = llm.generate(given, _params(sampling), request_id, lora_request=self._lora)
             async with contextlib.aclosing(outputs):
                 first = True
                 async for output in outputs:
@@ -187,6 +207,7 @@ class VllmEngine:
             raise RequestRefused(f"vLLM refuses this request: {error}") from None
         finally:
             self._active -= 1
+            self._last_end = time.monotonic()
 
     def load(self) -> EngineLoad:
         """How busy it is, as vLLM last said."""
@@ -237,6 +258,7 @@ class VllmEngine:
             llm = self._llm
             if llm is not None and not llm.errored:
                 wait = WATCH_SECONDS
+                await self._forget(llm)
                 continue
             try:
                 if llm is not None:
@@ -249,6 +271,14 @@ class VllmEngine:
             except Exception as error:
                 wait = min(2 * wait, LONGEST_WAIT)
                 logger.warning("vLLM does not start (%s); next attempt in %.0f s.", type(error).__name__, wait)
+
+    async def _forget(self, llm: AsyncLLM) -> None:
+        """Give up the prefix cache after a while without requests; the next step, which has no tokens, wipes it."""
+        if self._forget_after is None or self._active or not self._unforgotten:
+            return
+        if time.monotonic() - self._last_end > self._forget_after:
+            with contextlib.suppress(EngineDeadError):  # seen the next time
+                self._unforgotten = not await llm.reset_prefix_cache()
 
 
 def _lora_room(adapter: Path) -> int:

@@ -77,6 +77,7 @@ class Worker:
         session: EnclaveClient | None,
         reconnect: Callable[[], EnclaveClient] | None,
         deliver: Callable[[list[Item]], object],
+        forget_after: float | None = None,
     ) -> None:
         """Prepare a worker.
 
@@ -86,6 +87,7 @@ class Worker:
             session: with the enclave, of the scheduler's size; None for a whole model.
             reconnect: opens another such session, after the enclave has gone.
             deliver: takes what requests got; called by the worker's thread.
+            forget_after: seconds without a request after which the prefix cache is wiped; None keeps it.
         """
         self.scheduler = scheduler
         self.ready = True
@@ -95,11 +97,13 @@ class Worker:
         self.pause_ends = 0.0  # until then the lease's rate allows nothing; of time.monotonic
         self._open_session = reconnect
         self._deliver = deliver
+        self._forget_after = forget_after
         self._changed = threading.Condition()
         self._inbox: list[tuple[Literal["add", "abort"], Generation]] = []
         self._stopping = threading.Event()
         self._ended = False  # nobody reads the inbox any more
         self._outbox: list[Item] = []
+        self._leftovers = False  # whether a text has ended of which memory shared with the enclave may hold something
         self._thread = threading.Thread(target=self._run, name="semiopen-engine", daemon=True)
 
     def start(self) -> None:
@@ -146,10 +150,11 @@ class Worker:
         try:
             while not self._stopping.is_set():
                 self._read_inbox()
-                try:
-                    self._step()
-                except Exception as error:
-                    self._recover(error)
+                for act in (self._step, self._wipe):
+                    try:
+                        act()
+                    except Exception as error:
+                        self._recover(error)
                 self._flush()
         finally:
             self.ready = False
@@ -159,19 +164,22 @@ class Worker:
             self._read_inbox()
             self._fail([*self.scheduler.running, *self.scheduler.waiting], _CLOSED)
             self._flush()
+            self._model.forget()
 
     def _read_inbox(self) -> None:
         """Take new requests and abortions; sleep while there is nothing to do."""
         scheduler = self.scheduler
         with self._changed:
             while not (self._inbox or scheduler.running or scheduler.waiting or self._stopping.is_set()):
-                self._changed.wait()
+                if not self._changed.wait(self._forget_after):
+                    scheduler.forget_texts()
+                    break
             inbox, self._inbox = self._inbox, []
         for what, generation in inbox:
             if what == "add":
                 scheduler.add(generation)
             elif not generation.done:
-                generation.done = True
+                generation.done = self._leftovers = True
                 scheduler.remove(generation)
 
     def _step(self) -> None:
@@ -236,6 +244,7 @@ class Worker:
         step = self.scheduler.pack(chunks)
         rows = None if plain and not scored and len(nexts) == len(chunks) else score_rows + last_rows
         output = self._ask(lambda: self._model.run(step, self._session, rows))
+        step.token_ids[:] = 0  # nothing else of it tells what was said
         # All that the enclave can refuse comes before the step counts as done, as each sequence then runs by itself.
         logits = output
         if self.head is not None and self.head.gives_logits:
@@ -249,6 +258,16 @@ class Worker:
             self._give(generation, (), (), "length")
         if chosen is not None:
             self._extend(nexts, *chosen)
+
+    def _wipe(self) -> None:
+        """Overwrite what ended texts leave, here and in the enclave, before their last pieces are handed out."""
+        if blocks := self.scheduler.pool.take_unwiped():
+            self._model.wipe(blocks)
+            if self._session is not None:
+                self._session.wipe(blocks)
+        if self._session is not None and self._leftovers:
+            self._session.wipe_arrays()
+        self._leftovers = False
 
     def _ask(self, ask: Callable[[], T]) -> T:
         """Ask the enclave, and wait where the lease's rate says so."""
@@ -317,7 +336,7 @@ class Worker:
             self._outbox.append((generation, piece))
 
     def _end(self, generation: Generation, last: Piece | SemiopenError) -> None:
-        generation.done = True
+        generation.done = self._leftovers = True
         self.scheduler.remove(generation)
         self._outbox.append((generation, last))
 

@@ -17,6 +17,7 @@ from semiopen.host.client import EnclaveClient
 from semiopen.host.enclave_process import EnclaveProcess
 from semiopen.host.opening import check_match
 from semiopen.host.vllm_plugin.reach import Reach
+from semiopen.host.vllm_plugin.wiping import install
 from semiopen.protocol.messages import DType
 
 
@@ -41,6 +42,7 @@ class BundleLoader(DefaultModelLoader):
             BundleError: a file of the bundle is not what the vendor signed.
             EnclaveError: no enclave, or it holds another bundle or computes in another dtype.
         """
+        install()
         folder = Path(model_config.model)
         dtype = str(model_config.dtype).removeprefix("torch.")
         reach = self._reach

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from semiopen.errors import EnclaveError, UnsupportedCallError, UnsupportedModelError
 from semiopen.host.client import EnclaveClient, StepInput
 from semiopen.host.serving.enclave_choice import at_the_leases_rate
+from semiopen.host.vllm_plugin.wiping import wipe_blocks
 from semiopen.model.packed_step import WHOLE, slots_of
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class SealedPrefix:
         hidden_size = vllm_config.model_config.get_hidden_size()
         # One buffer for good: graphs replay from fixed addresses.
         self._states = torch.zeros(self._step_tokens, hidden_size)
+        self._filled = 0  # rows of it that hold states
         self._client: EnclaveClient | None = None
         self.opened = False
         self.seq_lens = np.zeros(0, dtype=np.int64)  # tokens that each sequence of the last step holds
@@ -130,8 +132,29 @@ class SealedPrefix:
             ],
         )
         self.seq_lens = np.asarray(step.seq_lens)
+        self._filled = max(self._filled, tokens)
         self.ask(lambda: client.step(step, self._states[:tokens]))
         return self._states[:count]
+
+    def wipe(self, blocks: list[int]) -> None:
+        """Write zeros over KV blocks that the scheduler gave up, here and in the enclave.
+
+        Raises:
+            EnclaveError: the enclave is gone.
+        """
+        total = self._config.cache_config.num_gpu_blocks
+        assert total, "blocks are given up where there are some"
+        layers = self._config.compilation_config.static_forward_context.values()
+        wipe_blocks([layer for layer in layers if isinstance(layer, Attention)], blocks, total)
+        if self.opened:
+            self.client.wipe(blocks)
+
+    def wipe_states(self) -> None:
+        """Write zeros over the states of the last steps, and over all memory that is shared with the enclave."""
+        self._states[: self._filled].zero_()
+        self._filled = 0
+        if self.opened:
+            self.client.wipe_arrays()
 
     def _open(self, client: EnclaveClient, metadata: dict[str, Any]) -> None:
         """Open a session as large as vLLM's KV cache, which has its size only now."""

@@ -15,6 +15,7 @@ CHOICES = {
     "sealed": "semiopen.host.vllm_plugin.choice:Choice",
     "shuffled": "semiopen.host.vllm_plugin.choice:ShuffledChoice",
 }
+SCHEDULER = "semiopen.host.vllm_plugin.freed_blocks.telling_scheduler"
 
 
 class BundleSettings(VerifyAndUpdateConfig):
@@ -35,6 +36,7 @@ class BundleSettings(VerifyAndUpdateConfig):
                 f"A bundle cannot be loaded with load format {load.load_format!r}; leave --load-format out."
             )
         load.load_format = LOAD_FORMAT
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         _choose_in_the_enclave(vllm_config)
         if vllm_config.model_config.hf_text_config.num_hidden_layers == 0:
             raise UnsupportedCallError(
@@ -77,6 +79,12 @@ def _refusals(config: VllmConfig) -> Iterator[str]:
         yield "dual batch overlap yet; leave --enable-dbo out"
     if config.kv_transfer_config is not None:
         yield "a KV connector, which moves KV blocks that the enclave does not see"
+    if config.cache_config.kv_offloading_size is not None:
+        yield "KV blocks offloaded to other memory, in the clear; leave --kv-offloading-size out"
+    if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
+        yield "KV events, which send the tokens of all requests to whoever listens; leave --kv-events-config out"
+    if config.scheduler_config.scheduler_cls not in (None, SCHEDULER):
+        yield "a scheduler of your own, as freed KV blocks would not be wiped; leave --scheduler-cls out"
     if config.speculative_config is not None:
         yield "speculative decoding yet; leave --speculative-config out"
     if config.model_config.enable_prompt_embeds:
