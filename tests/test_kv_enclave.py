@@ -11,11 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, PreTrainedModel
 
 import semiopen
-from semiopen.bundle.reader import VerifiedBundle
 from semiopen.enclave.attention_order import AttentionOrder
-from semiopen.errors import BundleError, EnclaveError, UnsupportedCallError
+from semiopen.errors import BundleError, UnsupportedCallError
 from semiopen.host.enclave_process import EnclaveProcess
-from semiopen.host.opening import check_match
 from semiopen.host.serving.engine import Sampling
 from semiopen.host.serving.transformers_engine import TransformersEngine
 from semiopen.host.unmixing import Unmixer
@@ -252,14 +250,6 @@ def test_our_engine_serves_it(made, keys):
     assert asyncio.run(texts(protected)) == asyncio.run(
         texts(TransformersEngine.open_plain(bundle.parent / "model", kv_tokens=1024))
     )
-
-
-def test_an_engine_without_a_place_for_it_says_so(made, llama):
-    # vLLM's loader asks this question.
-    welcome: Welcome = llama[1].enclave.session.client.welcome
-    verified = VerifiedBundle.__new__(VerifiedBundle)
-    with pytest.raises(EnclaveError, match="kv folded"):
-        check_match(welcome, verified, "float32")
 
 
 def test_nothing_open_nothing_to_mix(tmp_path, keys):

@@ -21,6 +21,7 @@ from semiopen.host.tuning.run import split_examples, states_of, tune
 from semiopen.host.tuning.settings import TuneSettings
 from semiopen.host.tuning.train import add_lora
 from tests.models import FAMILIES, VOCAB
+from tests.tuning.conftest import STORIES
 
 PREFIX = 2
 QUICK = TuneSettings(max_length=64, batch_size=4, learning_rate=2e-3, epochs=2, eval_share=0.1, save_every=3)
@@ -150,6 +151,29 @@ def test_the_enclave_runs_each_token_once(bundle, data, enclave, tmp_path):
     assert result.loss_after < result.loss_before
     assert any(f"{result.tokens:,} tokens" in line and "closed" in line for line in lines)
     assert not (tmp_path / "ad.work").exists()
+
+
+def test_where_attention_passes_through_the_enclave_it_stays_open(keys, data, enclave_threads, tmp_path):
+    bundle = tmp_path / "bundle"
+    semiopen.seal(STORIES, bundle, keys, prefix=PREFIX, kv="enclave")
+    enclave = enclave_threads.start(bundle, keys)
+    client, lines = EnclaveClient(enclave.path), []
+    before = client.status().tokens
+    result = tune(
+        bundle, data, tmp_path / "adapter", enclave=enclave.path, settings=QUICK, dtype="float32", say=lines.append
+    )
+    assert client.status().tokens - before == result.enclave_tokens == result.tokens, "attention was counted"
+    client.close()
+    assert result.loss_after < result.loss_before
+    assert any("Attention passes through it" in line for line in lines)
+    # The adapter reads what the open blocks give in use: as served, it has the loss that training ended with.
+    model = semiopen.load(bundle, enclave=enclave.path, dtype="float32")
+    tuned = PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
+    examples, (_, held_back) = _examples(data), split_examples(24, 0.1, 0)
+    with torch.no_grad():
+        loss = tuned(**plain_batch(_pick(examples, held_back))).loss.item()
+    assert loss == pytest.approx(result.loss_after, rel=1e-4)
+    model.enclave.close()
 
 
 def test_the_folder_is_a_peft_adapter(bundle, data, enclave, tmp_path):

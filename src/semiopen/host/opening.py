@@ -69,7 +69,7 @@ def attach(
         EnclaveError: the enclave holds another bundle, computes in another dtype, or has no room.
     """
     try:
-        check_match(client.welcome, verified, str(model.dtype).removeprefix("torch."), unmixes=True)
+        check_match(client.welcome, verified, str(model.dtype).removeprefix("torch."))
         session = EnclaveSession(client, kv_tokens)
     except BaseException:
         close()
@@ -77,24 +77,17 @@ def attach(
     cast(SemiopenModel, model).enclave.attach(session, weakref.finalize(model, close))
 
 
-def check_match(welcome: Welcome, verified: VerifiedBundle, dtype: str, unmixes: bool = False) -> None:
+def check_match(welcome: Welcome, verified: VerifiedBundle, dtype: str) -> None:
     """Check that an enclave holds this bundle and computes in the host's dtype.
 
     Args:
         welcome: what the enclave says.
         verified: the bundle.
         dtype: in which the open blocks compute.
-        unmixes: whether who runs these has the enclave put their attention in order.
 
     Raises:
-        EnclaveError: it does not, or it has to do with attention and that will not pass it.
+        EnclaveError: it does not.
     """
-    if welcome.mixed_blocks and not unmixes:
-        raise EnclaveError(
-            "The attention of this bundle passes through its enclave (kv: enclave), block by block, which this "
-            "engine, that runs its blocks in one piece, has no place for; use semiopen.load, or ask the vendor for "
-            "kv folded."
-        )
     if welcome.bundle_digest != verified.digest:
         raise EnclaveError("The enclave holds another bundle; start one with this bundle.")
     if welcome.dtype != dtype:

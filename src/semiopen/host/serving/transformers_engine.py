@@ -169,7 +169,7 @@ class TransformersEngine:
 
                 model = put_adapter(model, Path(adapter))
             host_dtype = str(model.dtype).removeprefix("torch.")
-            link.check = lambda welcome: check_match(welcome, verified, host_dtype, unmixes=True)
+            link.check = lambda welcome: check_match(welcome, verified, host_dtype)
             engine = cls(
                 folder.resolve().name,
                 model.to(device),  # type: ignore[arg-type] - a device's name

@@ -1,6 +1,7 @@
 """`semiopen tune`: from a bundle and a file of private data to an adapter.
 
-Everything happens on this machine. The enclave is asked once per example and closed before the first training step.
+Everything happens on this machine. The enclave is asked once per example and closed before the first training step,
+unless attention passes through it (`kv: enclave`).
 """
 
 import hashlib
@@ -117,11 +118,6 @@ def tune(
     rows = read_rows(Path(data))
     model = load(bundle, keys, enclave, training_dtype(bundle, dtype), vendor_key, threads=threads, lease=lease)
     try:
-        if getattr(model, "unmixer", None) is not None:
-            raise SemiopenError(
-                "Attention of this bundle (kv: enclave) passes through the enclave, which tune closes before it "
-                "trains; train with PEFT on what semiopen.load gives, or ask for a bundle with kv folded."
-            )
         # Only now are the bundle's files known to be the vendor's.
         say(session_of(model).client.welcome.enclave)
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(bundle))
@@ -177,12 +173,18 @@ def _run(
     peft = add_lora(model, settings)  # before the enclave is asked: a wrong target must cost no tokens
     began = time.perf_counter()
     prefix = states_of(model, examples, place.folder / STATES_FOLDER if kept == "disk" else None, progress)
-    model.enclave.close()  # type: ignore[operator, union-attr] - nothing below is the enclave's
+    passes = getattr(model, "unmixer", None) is not None  # kv: enclave
+    if not passes:
+        model.enclave.close()  # type: ignore[operator, union-attr] - nothing below is the enclave's
     states_seconds = time.perf_counter() - began
     say(
         f"The enclave ran {prefix.spent:,} tokens"
         + (f"; {prefix.reused:,} were there from an earlier run" if prefix.reused else "")
-        + ". It is closed: training needs no more of it."
+        + (
+            ". Attention passes through it while training, which it does not count."
+            if passes
+            else ". It is closed: training needs no more of it."
+        )
     )
     train_data, eval_data = (StatesDataset(examples, prefix.states, part) for part in (learned, held_back))
     accelerator = torch.accelerator.current_accelerator(check_available=True)

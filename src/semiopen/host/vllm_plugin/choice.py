@@ -1,13 +1,13 @@
 """How vLLM has the enclave choose tokens, where the lease keeps the logits there.
 
-vLLM asks a custom logits processor at admission what of a request it does not allow, tells it which request lies in
-which row, and hands it the logits before it draws. Ours takes a stand-in for logits in which every token is
-impossible, asks the enclave for a token of each row, and makes that one certain. So vLLM's own sampler takes it,
-whatever it does besides.
+vLLM asks a custom logits processor at admission what of a request it does not allow, and tells it which request lies in
+which row. Where vLLM's sampler gets a stand-in for logits, the enclave is asked for a token of each row instead: its
+penalties, filters and drawing would be done twice otherwise.
 
-Legend: N rows of a step, V vocabulary.
+Legend: N rows of a step.
 """
 
+import functools
 import secrets
 from typing import Any
 
@@ -15,8 +15,11 @@ import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingType
+from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
 
 from semiopen.host.client import RowChoice
 from semiopen.host.serving.enclave_choice import SEED_BITS
@@ -40,6 +43,30 @@ _PENALTIES: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0.0,),
     "frequency_penalty": (0.0,),
 }
+
+_MARK = "leaves_choices_to_the_enclave"
+
+
+def install() -> None:
+    """Have vLLM's sampler leave stand-ins for logits to the enclave. Safe to call again; logits are sampled as ever."""
+    inner: Any = Sampler.forward
+    if getattr(inner, _MARK, False):
+        return
+
+    @functools.wraps(inner)
+    def forward(
+        self: Sampler, logits: torch.Tensor, sampling_metadata: SamplingMetadata, *args: Any, **more: Any
+    ) -> Any:
+        choosing: Choosing | None = getattr(logits, Choosing.MARK, None)
+        if choosing is None:
+            return inner(self, logits, sampling_metadata, *args, **more)
+        processors = sampling_metadata.logitsprocs.non_argmax_invariant
+        (ours,) = (one for one in processors if isinstance(one, Choice))
+        tokens = torch.from_numpy(choosing.choose(ours.requests(len(logits))))
+        return SamplerOutput(tokens.to(logits.device, torch.int32)[:, None], logprobs_tensors=None)
+
+    setattr(forward, _MARK, True)
+    Sampler.forward = forward
 
 
 class LeaseForbids(VLLMValidationError):
@@ -70,11 +97,12 @@ class Choice(LogitsProcessor):
         process_dict_updates(self._requests, batch_update, Request)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Make one token of each row certain in a stand-in for logits [N, V + 1]; real logits pass."""
-        choosing: Choosing | None = getattr(logits, Choosing.MARK, None)
-        if choosing is not None:
-            choosing.choose(logits, [self._requests[row] for row in range(len(logits))])
+        """Real logits pass; stand-ins for them do not come here."""
         return logits
+
+    def requests(self, count: int) -> "list[Request]":
+        """Those of the first rows."""
+        return [self._requests[row] for row in range(count)]
 
 
 class ShuffledChoice(Choice):

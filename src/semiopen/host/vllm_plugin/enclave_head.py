@@ -1,7 +1,7 @@
 """The head of a bundle under vLLM, where it is sealed or its words are shuffled.
 
 With the right to all logits they come from the enclave, and vLLM does with them what it always does. Without, vLLM gets
-a stand-in, and `choice` has the enclave choose.
+a stand-in, and `choice` has the enclave choose in place of vLLM's sampler.
 
 Legend: N rows, V vocabulary, H hidden size.
 """
@@ -40,7 +40,7 @@ class EnclaveHead:
         self._order: torch.Tensor | None = None
 
     def logits(self, output: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] fp32, or a stand-in [N, V + 1].
+        """Logits [N, V] fp32, or a stand-in for them [N, 1].
 
         Args:
             output: [N, H] states below a sealed head; [N, V] logits in the order of a shuffled one.
@@ -74,18 +74,19 @@ class Choosing:
 
     @classmethod
     def mark(cls, kind: Head, output: torch.Tensor, vocab_size: int, prefix: SealedPrefix) -> torch.Tensor:
-        """A stand-in [N, V + 1] fp32 for the logits of some output."""
-        logits = torch.full((len(output), vocab_size + 1), -torch.inf, device=output.device)
-        setattr(logits, cls.MARK, cls(kind, output, prefix))
+        """A stand-in [N, 1] for the logits of some output."""
+        logits = torch.zeros(len(output), 1, device=output.device)
+        setattr(logits, cls.MARK, cls(kind, output, vocab_size, prefix))
         return logits
 
-    def __init__(self, kind: Head, output: torch.Tensor, prefix: SealedPrefix) -> None:
+    def __init__(self, kind: Head, output: torch.Tensor, vocab_size: int, prefix: SealedPrefix) -> None:
         self._output = output
+        self._vocab_size = vocab_size
         self._prefix = prefix
         self._choose = self._choose_sealed if kind == "sealed" else self._choose_shuffled
 
-    def choose(self, logits: torch.Tensor, requests: "Sequence[Request]") -> None:
-        """Make one token of each row of the stand-in certain, in place.
+    def choose(self, requests: "Sequence[Request]") -> np.ndarray:
+        """Tokens [N] int64 of the requests in its rows; outside the vocabulary where the lease allows no more.
 
         Rows of which the prompt is not through get any token; vLLM throws it away.
 
@@ -94,17 +95,14 @@ class Choosing:
         """
         held = self._prefix.seq_lens
         rows = [row for row, request in enumerate(requests) if held[row] >= request.length]
-        logits[:, 0] = 0
-        if not rows:
-            return
-        choices = [requests[row].row() for row in rows]
-        output = self._output if len(rows) == len(requests) else self._output[rows]
-        choose: Callable[[], np.ndarray] = lambda: self._choose(output, choices)  # noqa: E731
-        tokens = self._prefix.ask(choose)
-        if tokens is None:
-            tokens = np.full(len(rows), logits.shape[1] - 1)
-        logits[rows, 0] = -torch.inf
-        logits[rows, torch.from_numpy(tokens).to(logits.device)] = 0
+        tokens = np.zeros(len(requests), dtype=np.int64)
+        if rows:
+            choices = [requests[row].row() for row in rows]
+            output = self._output if len(rows) == len(requests) else self._output[rows]
+            choose: Callable[[], np.ndarray] = lambda: self._choose(output, choices)  # noqa: E731
+            chosen = self._prefix.ask(choose)
+            tokens[rows] = self._vocab_size if chosen is None else chosen
+        return tokens
 
     def _choose_sealed(self, states: torch.Tensor, choices: Sequence[RowChoice]) -> np.ndarray:
         return self._prefix.client.choose(states, choices, "vllm")[0]

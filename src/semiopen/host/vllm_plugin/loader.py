@@ -16,8 +16,8 @@ from semiopen.bundle.reader import read_files
 from semiopen.host.client import EnclaveClient
 from semiopen.host.enclave_process import EnclaveProcess
 from semiopen.host.opening import check_match
+from semiopen.host.vllm_plugin import choice, unmixing, wiping
 from semiopen.host.vllm_plugin.reach import Reach
-from semiopen.host.vllm_plugin.wiping import install
 from semiopen.protocol.messages import DType
 
 
@@ -42,7 +42,8 @@ class BundleLoader(DefaultModelLoader):
             BundleError: a file of the bundle is not what the vendor signed.
             EnclaveError: no enclave, or it holds another bundle or computes in another dtype.
         """
-        install()
+        wiping.install()
+        choice.install()
         folder = Path(model_config.model)
         dtype = str(model_config.dtype).removeprefix("torch.")
         reach = self._reach
@@ -67,6 +68,8 @@ class BundleLoader(DefaultModelLoader):
             check_match(client.welcome, verified, dtype)
             sealed_prefix = cast(Any, model).sealed_prefix
             sealed_prefix.attach(client)
+            if client.welcome.mixed_blocks:
+                unmixing.pass_through(sealed_prefix, vllm_config)
             sealed_prefix.tells_refusals = reach.tells_refusals
             weakref.finalize(model, cleanup.pop_all().close)
         return model

@@ -136,6 +136,15 @@ class SealedPrefix:
         self.ask(lambda: client.step(step, self._states[:tokens]))
         return self._states[:count]
 
+    def unmix(self, block: int, attention: torch.Tensor) -> torch.Tensor:
+        """A copy of the attention [R, A] of an open block, in its true order.
+
+        Raises:
+            EnclaveError: the enclave is gone or refuses.
+        """
+        ordered = self.ask(lambda: self.client.unmix(block, attention)) if self.opened else None
+        return attention.clone() if ordered is None else ordered.to(attention)  # nobody reads it without a session
+
     def wipe(self, blocks: list[int]) -> None:
         """Write zeros over KV blocks that the scheduler gave up, here and in the enclave.
 

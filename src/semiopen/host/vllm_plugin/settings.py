@@ -9,7 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from semiopen.errors import UnsupportedCallError
 from semiopen.host.vllm_plugin import LOAD_FORMAT
 from semiopen.host.vllm_plugin.reach import Reach
-from semiopen.model.split import HEAD_SETTING
+from semiopen.model.split import HEAD_SETTING, KV_SETTING
 
 CHOICES = {
     "sealed": "semiopen.host.vllm_plugin.choice:Choice",
@@ -43,8 +43,10 @@ class BundleSettings(VerifyAndUpdateConfig):
                 "Every block of this bundle is sealed, so vLLM has no KV cache to follow; seal fewer blocks, or "
                 "use the transformers engine."
             )
-        # A full graph would capture the call of the enclave along with the model, once, and replay nothing of it.
         compilation = vllm_config.compilation_config
+        if getattr(vllm_config.model_config.hf_text_config, KV_SETTING, "plain") == "enclave":
+            compilation.cudagraph_mode = CUDAGraphMode.NONE  # each block asks the enclave
+        # A full graph would capture the call of the enclave along with the model, once, and replay nothing of it.
         if compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_full_cudagraphs():
             piecewise = compilation.cudagraph_mode.has_piecewise_cudagraphs()
             compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE if piecewise else CUDAGraphMode.NONE
