@@ -11,6 +11,8 @@ Plans: what is sealed, and how the cache is kept.
   number for each rotary plane of the keys and an invertible matrix on the values; or permuted by the enclave as
   KV-Shield has it, on keys after their rotary turn and on values.
 - prefix 0, prefix 2: the embedding, and two blocks, sealed; the cache plain.
+- kv-shield, prefix 2 enclave: `kv: enclave` as bundles have it, over a sealed embedding and over two sealed blocks.
+  Keys are in a secret basis and values in a secret order, both in the weights; the enclave orders attention.
 - prefix 2 folded, keyed folded, head sealed: the same with that key; with a keyed fold of all weights besides; with the
   head in the enclave besides.
 - whole: all blocks sealed; the accelerator has the head and the states that go into it.
@@ -64,6 +66,7 @@ from semiopen.audit.kv.recovered import Recovered, mark
 from semiopen.audit.kv.search import in_best_order
 from semiopen.audit.victim import PlainVictim, SealedSet
 from semiopen.audit.weights.layout import EMBEDDING, HEAD, NORM
+from semiopen.model.kv_symmetries import KvFold
 from semiopen.model.split import causal_lm_class
 from semiopen.model.symmetries import fold_tensors
 
@@ -85,6 +88,7 @@ class Plan:
     keyed: bool = False
     permuted: bool = False
     head: bool = False
+    enclave: bool = False
 
 
 PLANS = {
@@ -94,6 +98,8 @@ PLANS = {
     "prefix 0": Plan(0),
     "prefix 2": Plan(2),
     "prefix 2 folded": Plan(2, folded=True),
+    "kv-shield": Plan(0, enclave=True),
+    "prefix 2 enclave": Plan(2, enclave=True),
     "keyed folded": Plan(2, folded=True, keyed=True),
     "head sealed": Plan(2, folded=True, keyed=True, head=True),
     "whole": Plan(12),
@@ -157,13 +163,18 @@ def _cells(name: str) -> Iterator[Cell]:
             yield Cell(plan, name, "snoop", BASE, "inversion")
             yield Cell(plan, name, "snoop", BASE, "collision")
             yield Cell(plan, name, "snoop", BASE, "trained_inverter")
+        for plan in ("kv-shield", "prefix 2 enclave"):
+            for attack in ("inversion", "collision", "trained_inverter"):
+                yield Cell(plan, name, "snoop", BASE, attack)
+            for attack in ("rotary_key", "sorted_values", "norms"):
+                yield Cell(plan, name, "cache", BASE, attack)
         yield Cell("prefix 2", name, "snoop", BASE, "injection")
         for plan in ("prefix 0", "prefix 2"):
             yield Cell(plan, name, "cache", BASE, "collision")
         for attack in ("rotary_key", "value_key"):
             for plan in ("prefix 2 folded", "keyed folded"):
                 yield Cell(plan, name, "cache", BASE, attack)
-    for plan in ("prefix 0", "prefix 2", "keyed folded", "head sealed", "whole"):
+    for plan in ("prefix 0", "prefix 2", "prefix 2 enclave", "keyed folded", "head sealed", "whole"):
         yield Cell(plan, name, "insider", "", "trained_inverter")
         yield Cell(plan, name, "insider", "", "collision")
     yield Cell("prefix 2", name, "insider", "", "injection")
@@ -237,11 +248,29 @@ class Bench:
         return torch.stack([_ids(tokenizer, kinds[i % 4][i][0]) for i in range(PAIRS)])
 
     @cache  # noqa: B019
+    def mixed(self, plan: Plan, name: str, seed: int, ordered: bool = False) -> Tensors:
+        """Tensors of `kv: enclave`; with `ordered` the output projections read attention as it lies there.
+
+        The first are on the accelerator. The second alone run without an enclave, and give the same cache.
+        """
+        config = self.model(name).config
+        fold = KvFold(config, hashlib.sha256(f"kv {seed}".encode()).digest(), unmixed_from=plan.prefix)
+        tensors = {key: fold.apply(key, tensor) for key, tensor in self.plain(name).items()}
+        for block in range(plan.prefix, config.num_hidden_layers if ordered else 0):
+            weight = tensors[f"model.layers.{block}.self_attn.o_proj.weight"]
+            there = torch.empty_like(weight)
+            there[:, torch.from_numpy(fold.unmix(block))] = weight
+            tensors[f"model.layers.{block}.self_attn.o_proj.weight"] = there
+        return tensors
+
+    @cache  # noqa: B019
     def victim(self, plan: Plan, name: str, seed: int) -> PlainVictim:
         """`seed` is of its key."""
         config, tensors = self.model(name).config, self.plain(name)
         if plan.folded:
             tensors = controls.folded(config, tensors, seed)
+        if plan.enclave:
+            tensors = self.mixed(plan, name, seed, ordered=True)
         if plan.keyed:
             tensors = fold_tensors(config, tensors, hashlib.sha256(f"key {seed}".encode()).digest())
         whole = causal_lm_class(config)(config)
@@ -260,6 +289,8 @@ class Bench:
         victim = self.victim(plan, cell.model, cell.seed)
         decode = AutoTokenizer.from_pretrained(LAB / cell.model).decode
         dumps = [take(victim, one.ids, states=cell.adversary in ("leftovers", "insider")) for one in conversations]
+        if plan.enclave:
+            dumps = [replace(dump, tensors=self.mixed(plan, cell.model, cell.seed)) for dump in dumps]
         if plan.permuted:
             dumps = [controls.permuted(dump, cell.seed) for dump in dumps]
         if cell.attack == "predictions":
@@ -349,7 +380,8 @@ class Bench:
                 "value_key": lambda one: value_key.run(one, projections, below, given),
             }
             chosen = attacks[cell.attack]
-            return in_best_order(dump, chosen, len(given)) if plan.keyed else chosen(dump)[0]
+            shuffled = plan.keyed or plan.enclave  # heads change places too
+            return in_best_order(dump, chosen, len(given)) if shuffled else chosen(dump)[0]
 
         return run
 
