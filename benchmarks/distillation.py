@@ -9,12 +9,14 @@ Parts:
 
 - positions: the same number of sealed blocks at the bottom, in the middle, at the top; all blocks; the baselines of
   the literature (all but the lowest, the last one). Four attacks, soft and hard labels, scores per skill.
-- depth: sealed prefixes with their embedding, SEM at growing budgets: what one more block costs a thief.
+- depth: sealed prefixes with their embedding, SEM at growing budgets: what one more block costs a thief, with a fit
+  that is tested on the deepest prefix.
 - sets: many runs of blocks; does distillation difficulty (DD) rank them as the attacks do?
 - base: a fine-tune whose base is public: the base's layers in place of the sealed ones, and attacks from there.
 - effort: the same queries, more optimiser steps.
 - longer: FT-closed with more optimiser steps.
-- size: SEM on one and two blocks of trained models of three widths, and of the same shapes untrained.
+- size: SEM on one and two blocks of trained models of two widths, of the same shapes untrained, and of untrained ones
+  of other widths.
 
 The models are the lab's (lab/README.md). Each finished attack is a line in --out, so that a stopped run goes on there;
 delete the file to begin anew. --tables prints what is in it. Every attack asks only texts of the lab's attack split;
@@ -25,6 +27,7 @@ tests/audit/test_victims.py shows that a real bundle gives the same states out.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -38,6 +41,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import REPO, machine, print_machine, print_table, progress, read_lines, write_line
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -100,7 +104,7 @@ def depth(quick: bool) -> Iterator[Cell]:
     """SEM on growing prefixes."""
     for seed in range(1 if quick else 2):
         for queries in (16, 64) if quick else (16, 64, 256, 1024):
-            for blocks in (1, 2) if quick else (0, 1, 2, 4, 6)[: 5 - 2 * seed]:
+            for blocks in (1, 2) if quick else (0, 1, 2, 4, 6)[: 5 - seed]:
                 yield Cell("depth", "lab-scratch", SealedSet.prefix(blocks), job("sem", "states", queries, seed))
 
 
@@ -133,6 +137,9 @@ def size(quick: bool) -> Iterator[Cell]:
     models = ("stories-4m", "lab-scratch", "lab-scratch:untrained", "stories-4m:untrained")
     for name, blocks, queries in itertools.product(models, (1, 2), (16,) if quick else (16, 128)):
         yield Cell("size", name, SealedSet.prefix(blocks), job("sem", "states", queries, 0))
+    for width, queries in itertools.product((64, 256), (16,) if quick else (16, 128)):
+        name = f"lab-scratch:untrained {width}"
+        yield Cell("size", name, SealedSet.prefix(1), job("sem", "states", queries, 0))
 
 
 def effort(quick: bool) -> Iterator[Cell]:
@@ -172,13 +179,18 @@ class Bench:
 
     @cache  # noqa: B019 - one object, as long as the program
     def model(self, name: str) -> PreTrainedModel:
-        """A model by name; with `:untrained`, a fresh one of its shape."""
+        """A model by name; with `:untrained`, a fresh one of its shape, or of another width."""
         folder, _, fresh = name.partition(":")
         model = AutoModelForCausalLM.from_pretrained(LAB / folder, dtype=torch.float32).eval()
-        if fresh:
-            torch.manual_seed(1)
-            model = type(model)(model.config).float().eval()
-        return model
+        if not fresh:
+            return model
+        config = copy.deepcopy(model.config)
+        if width := fresh.removeprefix("untrained"):
+            config.intermediate_size = config.intermediate_size * int(width) // config.hidden_size
+            config.head_dim = config.head_dim * int(width) // config.hidden_size
+            config.hidden_size = int(width)
+        torch.manual_seed(1)
+        return type(model)(config).float().eval()
 
     @cache  # noqa: B019
     def tokenizer(self, name: str) -> Any:
@@ -316,6 +328,8 @@ def tables(lines: list[dict[str, Any]]) -> None:
             print_table(part, header, rows)
     if found := [line for line in lines if line["part"] == "sets"]:
         print_table("DD against attacks", ["attack", "sets", "rank correlation", "95 %"], list(correlations(found)))
+    if len({line["sealed"]["stop"] for line in lines if line["part"] == "depth"}) > 3:
+        print_table("depth: what a fit says", ["what", "fit", "95 %", "measured"], list(extrapolation(lines)))
 
 
 def _means(outcomes: Iterable[dict[str, Any]]) -> list[str]:
@@ -381,6 +395,76 @@ def correlations(lines: list[dict[str, Any]]) -> Iterator[list[str]]:
         pairs = [(statistics.fmean(difficulty[s]), value) for s, value in by_set.items() if s in difficulty]
         low, high = bootstrap(pairs)
         yield [attack, str(len(pairs)), f"{spearman(pairs):.2f}", f"{low:.2f} to {high:.2f}"]
+
+
+GOAL = 0.8  # agreement
+
+
+@dataclass(frozen=True)
+class Point:
+    """What SEM recovered of a sealed prefix: blocks, decades of tokens, agreement."""
+
+    blocks: int
+    decades: float
+    agreement: float
+
+    @property
+    def row(self) -> list[float]:
+        """Of the fit."""
+        return [1, self.decades, self.blocks, self.blocks * self.decades]
+
+    @property
+    def odds(self) -> float:
+        """Their logarithm."""
+        return math.log(self.agreement / (1 - self.agreement))
+
+
+def extrapolation(lines: list[dict[str, Any]], draws: int = 2000) -> Iterator[list[str]]:
+    """Log odds of agreement as a bilinear function of blocks and decades of tokens, of prefixes with a block or more.
+
+    First fitted without the deepest prefix, and held against that; then with all, for tokens that buy `GOAL`.
+    Intervals are of fits to residuals drawn anew: they hold if the form does, which beyond the deepest is a guess.
+    """
+    points = [
+        Point(
+            line["sealed"]["stop"],
+            math.log10(line["outcome"]["job"]["queries"] * LENGTH),
+            line["outcome"]["score"]["agreement"],
+        )
+        for line in lines
+        if line["part"] == "depth" and line["sealed"]["stop"]
+    ]
+    deepest = max(point.blocks for point in points)
+    fits = _fits([point for point in points if point.blocks < deepest], draws)
+    for point in sorted((one for one in points if one.blocks == deepest), key=lambda one: one.decades):
+        said = [1 / (1 + math.exp(-float(np.dot(fit, point.row)))) for fit in fits]
+        name = f"agreement, {deepest} blocks, {10**point.decades:,.0f} tokens, from fewer blocks"
+        yield [name, f"{said[0]:.2f}", _range(said[1:], ".2f"), f"{point.agreement:.2f}"]
+    fits = _fits(points, draws)
+    for blocks in (1, 2, 4, 6, 8, 12):
+        costs = [_tokens_for_goal(fit, blocks) for fit in fits]
+        yield [f"tokens for {GOAL:.0%}, {blocks} blocks", f"{costs[0]:.2g}", _range(costs[1:], ".2g"), ""]
+
+
+def _fits(points: list[Point], draws: int) -> list[np.ndarray]:
+    """The fit, then fits to its residuals in another order, drawn with replacement."""
+    rows, odds = np.array([point.row for point in points]), np.array([point.odds for point in points])
+    best = np.linalg.lstsq(rows, odds, rcond=None)[0]
+    said, rng = rows @ best, np.random.default_rng(0)
+    scale = math.sqrt(len(odds) / (len(odds) - len(best)))
+    left = (odds - said) * scale
+    return [best, *(np.linalg.lstsq(rows, said + rng.choice(left, len(left)), rcond=None)[0] for _ in range(draws))]
+
+
+def _tokens_for_goal(fit: np.ndarray, blocks: int) -> float:
+    slope = fit[1] + fit[3] * blocks
+    decades = (math.log(GOAL / (1 - GOAL)) - fit[0] - fit[2] * blocks) / slope
+    return 10**decades if slope > 0 and decades < 300 else math.inf  # no number of tokens buys it
+
+
+def _range(values: list[float], form: str) -> str:
+    kept = sorted(values)
+    return f"{kept[int(0.025 * len(kept))]:{form}} to {kept[int(0.975 * (len(kept) - 1))]:{form}}"
 
 
 def spearman(pairs: list[tuple[float, float]]) -> float:

@@ -13,6 +13,7 @@ CASES = ["llama/sealed", "llama/shuffled", "gemma2/sealed", "gemma2/shuffled", "
 FULL = ["llama/sealed/full", "llama/shuffled/full"]
 # The others run with prompts cut into steps, where vLLM's CPU build fails on requests with a seed, protected or not.
 WHOLE = ["llama/shuffled", "gemma2/sealed", *FULL]
+SOME, SHOWN = "llama/sealed/some", 4  # a lease that shows so many of the likeliest tokens
 PENALTIES = {"repetition_penalty": 1.6, "presence_penalty": 0.5, "frequency_penalty": 1.5}
 DRAWN = {"temperature": 1.0, "top_p": 0.9}
 DRAWING = {
@@ -56,7 +57,7 @@ def results(tmp_path_factory, keys, vllm_jobs):
     for family in dict.fromkeys(case.split("/")[0] for case in CASES):
         save_random_model(family, folder / family, config=with_heads_of_32(FAMILIES[family]))
         more = {"penalties": PENALTIES, "logit_bias": NEEDS_LOGITS["logit_bias"], "drawn": DRAWING["drawn"]}
-        job(family, str(folder / family), more=more)
+        job(family, str(folder / family), more=more, logprobs=SHOWN)
     for case in (*CASES, *FULL):
         family, head, *full = case.split("/")
         bundle = folder / f"{family}-{head}"
@@ -67,6 +68,11 @@ def results(tmp_path_factory, keys, vllm_jobs):
         drawing = DRAWING if case in WHOLE else {}
         job(case, str(bundle), more={"penalties": PENALTIES, **drawing, **NEEDS_LOGITS})
         jobs[-1]["args"]["model_loader_extra_config"] = {"keys": str(keys), "threads": 1, "lease": str(lease)}
+    lease = folder / "some.jwt"
+    lease.write_text(new_lease(folder / "llama-sealed", keys, "test", Rights(logits="top-k", top_k=SHOWN)))
+    more = {"within": {"logprobs": 1}, "beyond": {"logprobs": SHOWN + 1}, "all": {"logprobs": -1}}
+    job(SOME, str(folder / "llama-sealed"), more={**more, "logit_bias": NEEDS_LOGITS["logit_bias"]}, logprobs=SHOWN)
+    jobs[-1]["args"]["model_loader_extra_config"] = {"keys": str(keys), "threads": 1, "lease": str(lease)}
     return vllm_jobs(jobs)
 
 
@@ -111,3 +117,17 @@ def test_with_all_logits_vllm_does_what_it_always_does(results, case):
     assert more["logit_bias"] == plain["more"]["logit_bias"]
     assert more["penalties"] == plain["more"]["penalties"]
     assert more["drawn"] == plain["more"]["drawn"], "the same logits and the same seed"
+
+
+def test_logprobs_within_the_right_to_some(results):
+    plain, some = results["llama"], results[SOME]
+    assert "error" not in some, some["error"]
+    assert some["tokens"] == plain["tokens"]
+    for expected, found in zip(plain["logprobs"][0], some["logprobs"][0], strict=True):
+        assert len(found) == 40
+        for step, other in zip(expected, found, strict=True):
+            assert other == pytest.approx(step, abs=1e-4)
+            assert len(other) == SHOWN
+    assert some["more"]["within"] == plain["tokens"][0]
+    for name, why in (("beyond", "4 likeliest"), ("all", "4 likeliest"), ("logit_bias", "needs all logits")):
+        assert some["more"][name].startswith("LeaseForbids: ") and why in some["more"][name]

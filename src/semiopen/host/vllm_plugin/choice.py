@@ -2,20 +2,21 @@
 
 vLLM asks a custom logits processor at admission what of a request it does not allow, and tells it which request lies in
 which row. Where vLLM's sampler gets a stand-in for logits, the enclave is asked for a token of each row instead: its
-penalties, filters and drawing would be done twice otherwise.
+penalties, filters and drawing would be done twice otherwise. Classes with a number are made on demand, as vLLM is told
+a class by name: `ChoiceWith20` may show the 20 likeliest.
 
-Legend: N rows of a step.
+Legend: N rows of a step, V vocabulary, K likeliest tokens.
 """
 
 import functools
 import secrets
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingType
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -62,11 +63,22 @@ def install() -> None:
             return inner(self, logits, sampling_metadata, *args, **more)
         processors = sampling_metadata.logitsprocs.non_argmax_invariant
         (ours,) = (one for one in processors if isinstance(one, Choice))
-        tokens = torch.from_numpy(choosing.choose(ours.requests(len(logits))))
-        return SamplerOutput(tokens.to(logits.device, torch.int32)[:, None], logprobs_tensors=None)
+        count = sampling_metadata.max_num_logprobs
+        chosen, logprobs = choosing.choose(ours.requests(len(logits)), logprobs=count is not None)
+        tokens = torch.from_numpy(chosen).to(logits.device)
+        likeliest = None if logprobs is None else _likeliest(logprobs.to(logits.device), tokens, cast(int, count))
+        return SamplerOutput(tokens.int()[:, None], logprobs_tensors=likeliest)
 
     setattr(forward, _MARK, True)
     Sampler.forward = forward
+
+
+def _likeliest(logprobs: torch.Tensor, tokens: torch.Tensor, count: int) -> LogprobsTensors:
+    """Of the chosen tokens [N] and the K likeliest, as vLLM has them; from [N, V], minus infinity where unknown."""
+    best, places = logprobs.topk(count, dim=1)
+    own = logprobs.gather(1, tokens[:, None])
+    ranks = (logprobs >= own).sum(1)
+    return LogprobsTensors(torch.cat([tokens[:, None], places], 1).int(), torch.cat([own, best], 1), ranks)
 
 
 class LeaseForbids(VLLMValidationError):
@@ -74,7 +86,13 @@ class LeaseForbids(VLLMValidationError):
 
 
 class Choice(LogitsProcessor):
-    """Chooses in a sealed head."""
+    """Chooses in a sealed head.
+
+    Attributes:
+        shown: of how many likeliest tokens the lease allows log-probabilities.
+    """
+
+    shown = 0
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -83,7 +101,16 @@ class Choice(LogitsProcessor):
         Raises:
             LeaseForbids: such a setting.
         """
-        _refuse(sampling_params, _NEEDS_LOGITS)
+        asked = sampling_params.logprobs
+        if cls.shown and asked is not None and not 0 <= asked <= cls.shown:
+            raise LeaseForbids(
+                f"The lease allows log-probabilities of the {cls.shown} likeliest tokens; ask for less.",
+                parameter="logprobs",
+            )
+        _refuse(
+            sampling_params,
+            {name: _NEEDS_LOGITS[name] for name in _NEEDS_LOGITS if name != "logprobs" or not cls.shown},
+        )
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._requests: dict[int, Request] = {}
@@ -112,6 +139,13 @@ class ShuffledChoice(Choice):
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """See `Choice`; penalties as well."""
         _refuse(sampling_params, {**_NEEDS_LOGITS, **_PENALTIES})
+
+
+def __getattr__(name: str) -> type[Choice]:
+    number = name.removeprefix(Choice.__name__ + "With")
+    if number == name or not number.isdecimal():
+        raise AttributeError(name)
+    return type(name, (Choice,), {"shown": int(number), "__module__": __name__})
 
 
 class Request:

@@ -6,7 +6,7 @@ a stand-in, and `choice` has the enclave choose in place of vLLM's sampler.
 Legend: N rows, V vocabulary, H hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,30 +85,44 @@ class Choosing:
         self._prefix = prefix
         self._choose = self._choose_sealed if kind == "sealed" else self._choose_shuffled
 
-    def choose(self, requests: "Sequence[Request]") -> np.ndarray:
-        """Tokens [N] int64 of the requests in its rows; outside the vocabulary where the lease allows no more.
+    def choose(self, requests: "Sequence[Request]", logprobs: bool) -> tuple[np.ndarray, torch.Tensor | None]:
+        """Choose for the requests in its rows.
 
         Rows of which the prompt is not through get any token; vLLM throws it away.
+
+        Args:
+            requests: N.
+            logprobs: whether log-probabilities are wanted; only of a sealed head.
+
+        Returns:
+            Tokens [N] int64, outside the vocabulary where the lease allows no more; and log-probabilities [N, V + 1] of
+            the likeliest, minus infinity where they are not known.
 
         Raises:
             EnclaveError: the enclave refuses, or is gone.
         """
-        held = self._prefix.seq_lens
-        rows = [row for row, request in enumerate(requests) if held[row] >= request.length]
-        tokens = np.zeros(len(requests), dtype=np.int64)
+        held, count = self._prefix.seq_lens, len(requests)
+        rows = [row for row in range(count) if held[row] >= requests[row].length]
+        tokens = np.zeros(count, dtype=np.int64)
+        shown = torch.full((count, self._vocab_size + 1), -torch.inf) if logprobs else None
         if rows:
             choices = [requests[row].row() for row in rows]
-            output = self._output if len(rows) == len(requests) else self._output[rows]
-            choose: Callable[[], np.ndarray] = lambda: self._choose(output, choices)  # noqa: E731
-            chosen = self._prefix.ask(choose)
-            tokens[rows] = self._vocab_size if chosen is None else chosen
-        return tokens
+            output = self._output if len(rows) == count else self._output[rows]
+            chosen = self._prefix.ask(lambda: self._choose(output, choices, logprobs))
+            tokens[rows] = self._vocab_size if chosen is None else chosen[0]
+            if shown is not None and chosen is not None and chosen[1] is not None:
+                shown[rows, : self._vocab_size] = chosen[1]
+        return tokens, shown
 
-    def _choose_sealed(self, states: torch.Tensor, choices: Sequence[RowChoice]) -> np.ndarray:
-        return self._prefix.client.choose(states, choices, "vllm")[0]
+    def _choose_sealed(
+        self, states: torch.Tensor, choices: Sequence[RowChoice], logprobs: bool
+    ) -> tuple[np.ndarray, torch.Tensor | None]:
+        return self._prefix.client.choose(states, choices, "vllm", logprobs)
 
-    def _choose_shuffled(self, logits: torch.Tensor, choices: Sequence[RowChoice]) -> np.ndarray:
-        return self._prefix.client.reveal(draw_words(logits.float(), choices, "vllm"))
+    def _choose_shuffled(
+        self, logits: torch.Tensor, choices: Sequence[RowChoice], logprobs: bool
+    ) -> tuple[np.ndarray, None]:
+        return self._prefix.client.reveal(draw_words(logits.float(), choices, "vllm")), None
 
 
 def refusal(rows: int, vocab_size: int, device: torch.device) -> torch.Tensor:

@@ -63,7 +63,7 @@ def _choose_in_the_enclave(config: VllmConfig) -> None:
         return
     if not rights.generate:
         raise UnsupportedCallError("The lease allows neither choosing tokens nor logits; ask the vendor for another.")
-    ours = CHOICES[head]
+    ours = CHOICES[head] + (f"With{rights.top_k}" if head == "sealed" and rights.top_k else "")
     given = [one for one in model.logits_processors or [] if one != ours]
     if given:
         raise UnsupportedCallError("Logits processors need logits, which the lease does not allow; leave them out.")
