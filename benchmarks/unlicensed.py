@@ -12,7 +12,8 @@ lab's `lab-scratch` (lab/README.md) with 2 of its 12 blocks sealed, or what some
     plain      the unprotected model's logits: the control; licensed has to equal it
     random     the open blocks and the head of a bundle with keyed fold, over a random embedding; no enclave
     observed   the same over an embedding of the states that the enclave gave out for each token alone
-    text       cross-entropy on text that the running system wrote, prompts and answers counted (--budgets)
+    text       cross-entropy on text that the running system wrote, prompts and answers counted (--budgets); a tenth of
+               it says which of three numbers of steps was best, as little text is soon learned by heart
     truth      cross-entropy on the texts' own next tokens; no teacher
     leases     the command itself with leases that are not valid, and the control, one that is: what is refused?
 
