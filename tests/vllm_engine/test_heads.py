@@ -70,7 +70,7 @@ def results(tmp_path_factory, keys, vllm_jobs):
         jobs[-1]["args"]["model_loader_extra_config"] = {"keys": str(keys), "threads": 1, "lease": str(lease)}
     lease = folder / "some.jwt"
     lease.write_text(new_lease(folder / "llama-sealed", keys, "test", Rights(logits="top-k", top_k=SHOWN)))
-    more = {"within": {"logprobs": 1}, "beyond": {"logprobs": SHOWN + 1}, "all": {"logprobs": -1}}
+    more = {"within": {"logprobs": 1}, "beyond": {"logprobs": SHOWN + 1}}
     job(SOME, str(folder / "llama-sealed"), more={**more, "logit_bias": NEEDS_LOGITS["logit_bias"]}, logprobs=SHOWN)
     jobs[-1]["args"]["model_loader_extra_config"] = {"keys": str(keys), "threads": 1, "lease": str(lease)}
     return vllm_jobs(jobs)
@@ -129,5 +129,5 @@ def test_logprobs_within_the_right_to_some(results):
             assert other == pytest.approx(step, abs=1e-4)
             assert len(other) == SHOWN
     assert some["more"]["within"] == plain["tokens"][0]
-    for name, why in (("beyond", "4 likeliest"), ("all", "4 likeliest"), ("logit_bias", "needs all logits")):
+    for name, why in (("beyond", "4 likeliest"), ("logit_bias", "needs all logits")):
         assert some["more"][name].startswith("LeaseForbids: ") and why in some["more"][name]
