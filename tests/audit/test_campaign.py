@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from semiopen.audit.campaign import Campaign, Job, Log, Outcome, plan_jobs, run_all
+from semiopen.audit.campaign import Campaign, Job, Log, Outcome, kept_section, plan_jobs, run_all
+from semiopen.audit.kv.findings import CacheOutcome, CacheSection
 from semiopen.audit.run import AuditOptions, jobs_of
 from semiopen.audit.score import Exam
 from semiopen.audit.training import Settings
@@ -120,6 +121,28 @@ def test_a_resumed_campaign_equals_an_uninterrupted_one(campaign, jobs, tmp_path
     assert without_time(Log(path, SUBJECT).outcomes) == without_time(whole.outcomes)
     assert again.left(jobs) == []
     assert list(run_all(campaign, jobs, again, lambda *_: pytest.fail("nothing is left to run"))) == []
+
+
+def test_a_section_is_run_once_for_the_same_subject(tmp_path):
+    path, made = tmp_path / "kv.json", []
+
+    def attack() -> CacheSection:
+        outcome = CacheOutcome(adversary="snoop", attack="collision", exact=len(made) / 8, among=0.5, rouge_l=0.25)
+        made.append(CacheSection(conversations=1, tokens=64, outcomes=(outcome,), texts=()))
+        return made[-1]
+
+    assert kept_section(path, SUBJECT, CacheSection, attack) == (made[0], True)
+    assert kept_section(path, SUBJECT, CacheSection, attack) == (made[0], False)
+    assert kept_section(path, {**SUBJECT, "bundle": "def"}, CacheSection, attack) == (made[1], True)
+    path.write_text(path.read_text()[:-40])  # damaged
+    assert kept_section(path, {**SUBJECT, "bundle": "def"}, CacheSection, attack) == (made[2], True)
+    assert made[0] != made[1] != made[2]
+
+
+def test_the_steps_told_beforehand_are_those_taken(campaign):
+    for rates in ((1e-3,), (1e-3, 3e-3), (3e-4, 1e-3, 3e-3)):
+        settings = Settings(steps=30, batch=2, rates=rates)
+        assert replace(campaign, settings=settings).run(SEM).steps == settings.total
 
 
 def test_a_log_about_something_else_is_refused(campaign, tmp_path):

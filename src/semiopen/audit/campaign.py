@@ -1,12 +1,13 @@
 """A campaign: many attacks on one victim, at several budgets and seeds; one line on disk for each that is done."""
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -322,6 +323,30 @@ class Log:
         """Those that are not done."""
         done = [outcome.job for outcome in self.outcomes]
         return [job for job in jobs if job not in done]
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def kept_section(
+    path: Path, subject: dict[str, Any], kind: type[SectionT], attack: Callable[[], SectionT]
+) -> tuple[SectionT, bool]:
+    """A part of an audit that runs as one: from its file, if that is about the same; else run, and written there.
+
+    Returns:
+        The part, and whether it was run now.
+    """
+    head = json.dumps({"subject": subject}, sort_keys=True)
+    if path.exists():
+        first, _, rest = path.read_text().partition("\n")
+        if first == head:
+            with contextlib.suppress(ValidationError):  # damaged: run again
+                return kind.model_validate_json(rest), False
+    section = attack()
+    partial = path.with_suffix(".partial")
+    partial.write_text(f"{head}\n{section.model_dump_json()}\n")
+    partial.replace(path)
+    return section, True
 
 
 def run_all(campaign: Campaign, jobs: list[Job], log: Log, progress: Progress) -> Iterator[Outcome]:

@@ -4,6 +4,7 @@ Covered: the bundle's own plan, its own enclave, thieves who ask texts of their 
 `verdicts.untested`, which every report repeats.
 """
 
+import functools
 import hashlib
 import os
 import platform
@@ -22,7 +23,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from semiopen.audit.bundle_victim import BundleVictim, attention_in_order
-from semiopen.audit.campaign import AttackName, Campaign, HeadAttack, Job, LabelName, Log, plan_jobs, run_all
+from semiopen.audit.campaign import (
+    AttackName,
+    Campaign,
+    HeadAttack,
+    Job,
+    LabelName,
+    Log,
+    kept_section,
+    plan_jobs,
+    run_all,
+)
 from semiopen.audit.curves import curves_of
 from semiopen.audit.kv.findings import CacheSection
 from semiopen.audit.opening import Parties, open_parties
@@ -52,6 +63,7 @@ _FOR_CACHE = 8192  # tokens of queries that the attacks on the cache make pairs 
 _CONVERSATIONS, _CONVERSATION_TOKENS = 2, 64  # whose cache is attacked
 _FINE_TUNED = 2  # largest budgets at which the attacks that train through all blocks are run
 LOG_NAME, SAMPLES_NAME = "outcomes.jsonl", "sampled.safetensors"
+CACHE_NAME, WEIGHTS_NAME = "kv.json", "weights.json"
 
 
 @dataclass(frozen=True)
@@ -232,10 +244,17 @@ def audit(
         _run(campaign, jobs, log, manifest, options, progress, say)
         new = log.outcomes[done:]
         asked, answers = sum(outcome.tokens for outcome in new), sum(outcome.answers for outcome in new)
-        cache = _attack_cache(metered, bundle, found, relative, manifest, say) if options.cache else None
-        weights = _attack_weights(victim, campaign, manifest, relative, say) if options.weights else None
-        asked += (cache.asked if cache is not None else 0) + (weights.asked if weights is not None else 0)
-        answers += weights.answers if weights is not None else 0
+        earlier = sum(outcome.tokens for outcome in log.outcomes[:done])
+        cache = weights = None
+        if options.cache:
+            attack = functools.partial(_attack_cache, metered, bundle, found, relative, manifest, say)
+            cache, new_one = kept_section(out / CACHE_NAME, subject, CacheSection, attack)
+            asked, earlier = asked + new_one * cache.asked, earlier + (not new_one) * cache.asked
+        if options.weights:
+            attack = functools.partial(_attack_weights, victim, campaign, manifest, relative, say)
+            weights, new_one = kept_section(out / WEIGHTS_NAME, subject, WeightSection, attack)
+            asked, earlier = asked + new_one * weights.asked, earlier + (not new_one) * weights.asked
+            answers += new_one * weights.answers
         evidence = Evidence(
             prefix=manifest.plan.prefix,
             num_layers=manifest.num_layers,
@@ -294,7 +313,7 @@ def audit(
                 auditor=metered.asked - asked,
                 sampling=sampled,
                 enclave=sum(client.status().tokens for client in clients) - counted,
-                earlier=sum(outcome.tokens for outcome in log.outcomes[:done]),
+                earlier=earlier,
                 answers=answers,
                 used=clients[0].status().used - used if parties.rights is not None else None,
             ),
@@ -360,7 +379,7 @@ def _run(
 ) -> None:
     """Run what is left, telling how much of the work is done."""
     left = log.left(jobs)
-    steps = options.steps + len(options.rates) * max(20, options.steps // 10)  # rates are tried first
+    steps = campaign.settings.total
     work = {job: steps * _weight(job, manifest) for job in left}
     total, done = sum(work.values()), 0.0
     trained = sum(1 for job in left if job.queries)

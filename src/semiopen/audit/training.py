@@ -34,6 +34,16 @@ class Settings:
     validation: float = 0.1
     weight_decay: float = 0.01
 
+    @property
+    def trial(self) -> int:
+        """Optimiser steps that a learning rate is tried for; none where all are run in full."""
+        return max(20, round(self.steps * _TRIAL)) if len(self.rates) > _FINALISTS else 0
+
+    @property
+    def total(self) -> int:
+        """Optimiser steps of one attack, trials included."""
+        return self.trial * len(self.rates) + self.steps * min(len(self.rates), _FINALISTS)
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -69,9 +79,7 @@ def fit(
     kept = min(count - 1, max(1, round(count * settings.validation)))
     validation, training = order[:kept], order[kept:]
     start = [parameter.detach().clone() for parameter in parameters]
-    rates = settings.rates
-    trial = max(20, round(settings.steps * _TRIAL)) if len(rates) > _FINALISTS else 0
-    total = trial * len(rates) + settings.steps * min(len(rates), _FINALISTS)
+    rates, trial, total = settings.rates, settings.trial, settings.total
     done = 0
 
     def look() -> float:
