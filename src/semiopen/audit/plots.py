@@ -94,8 +94,7 @@ def draw(plot: Plot, width: int) -> str:
     )
     for value, words in plot.lines:
         parts.append(f'<path class="line" d="M{_LEFT} {y(value):.1f}H{width - _RIGHT}"/>')
-        # High lines are named at the left, low ones at the right: curves begin low and end high.
-        place, anchor = (_LEFT + 4, "start") if value > plot.top / 2 else (width - _RIGHT, "end")
+        place, anchor = (_LEFT + 4, "start") if _is_freer_at_the_left(plot, value) else (width - _RIGHT, "end")
         parts.append(
             f'<text class="tick" x="{place}" y="{y(value) - 5:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
         )
@@ -108,6 +107,13 @@ def draw(plot: Plot, width: int) -> str:
             f"<title>{escape(mark.name)}: {_value(mark.value, plot.percent)} from {mark.tokens:,} tokens</title></path>"
         )
     return "".join([*parts, "</svg>"])
+
+
+def _is_freer_at_the_left(plot: Plot, height: float) -> bool:
+    """Whether fewer points crowd the name of a line at this height there than at the right."""
+    ends = ([one.points[0][1] for one in plot.series], [one.points[-1][1] for one in plot.series])
+    left, right = (min((abs(value - height) for value in values), default=math.inf) for values in ends)
+    return left >= right
 
 
 def _series(series: Series, x: Axis, y: Axis, shift: float, percent: bool) -> str:
