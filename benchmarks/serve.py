@@ -4,12 +4,13 @@
     python benchmarks/serve.py --quick                            # two minutes, what is installed
     python benchmarks/serve.py --out docs/results/serve.json --plot docs/results/serve.png
     python benchmarks/serve.py --engines vllm --batch 8 --prefix 2 --rounds 15
+    python benchmarks/serve.py --preset recommended               # sealed blocks, keyed weights and a sealed head
 
 Each engine runs in a process of its own: unprotected (A), a second copy of it (A'), and one protected engine per
-prefix size (B). In each round all get the same fresh prompts, one engine after the other in rotating order, so that
-only one computes at a time. The figure is the median over rounds of B / A in tokens per second; A' / A beside it is
-the noise. Above 1 is faster. First-token and inter-token latencies are ratios of per-round medians, so that below 1
-is faster there. Tokens are compared too; in bf16 sums in another order change some.
+prefix size, or one of a preset (B). In each round all get the same fresh prompts, one engine after the other in
+rotating order, so that only one computes at a time. The figure is the median over rounds of B / A in tokens per second;
+A' / A beside it is the noise. Above 1 is faster. First-token and inter-token latencies are ratios of per-round medians,
+so that below 1 is faster there. Tokens are compared too; in bf16 sums in another order change some.
 
 What is held equal: weights, requests, settings, and threads. An engine and its enclave take turns, so never more
 than --threads compute at once. The last line is one JSON object with `ratio` by engine and batch size.
@@ -51,6 +52,10 @@ from common import (
     workspace,
 )
 from transformers import AutoConfig
+
+import semiopen
+from semiopen.model.plan import PRESETS
+from semiopen.vendor.lease import new_lease
 
 PLAIN, AGAIN = "A", "A'"
 MODELS = {"medium": Size(768, 12, 2048, 12, 12, 4096), "large": SIZES["large"]}  # random Llamas, 91 and 317 million
@@ -136,12 +141,15 @@ class Worker:
 
 
 @contextmanager
-def workers(engine: str, model: Path, bundles: dict[str, Path], keys: Path, options: argparse.Namespace) -> Iterator:
+def workers(
+    engine: str, model: Path, bundles: dict[str, Path], keys: Path, options: argparse.Namespace, lease: Path | None
+) -> Iterator:
     """One engine unprotected, the same again, and one per bundle; all loaded."""
     with ExitStack() as stack:
         made: dict[str, Worker] = {}
         for name, folder in {PLAIN: model, AGAIN: model, **bundles}.items():
-            made[name] = Worker(engine, folder, keys if name in bundles else None, options)
+            protects = name in bundles
+            made[name] = Worker(engine, folder, keys if protects else None, options, lease=lease if protects else None)
             stack.callback(made[name].close)
             made[name].wait_ready()  # one by one: engines that load compete for memory and time out
         yield made
@@ -229,7 +237,8 @@ def _case(engine: str, prefix: int, batch: int, prompt: int, plain: list, again:
         "enclave_compute": per_step("compute"),
         "transport": per_step("exchange") - per_step("compute"),
         "marshalling": per_step("step") - per_step("exchange"),
-        "rest": whole - per_step("step"),
+        "head": per_step("head"),
+        "rest": whole - per_step("step") - per_step("head"),
         "plain_step": statistics.median(
             1e3 * a["total"] / b["enclave"]["steps"] for a, b in zip(plain, protected, strict=True)
         ),
@@ -265,6 +274,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="requests at once (default: 1 8 32)")
     parser.add_argument("--prompt", nargs="+", type=int, metavar="N", help="prompt tokens (default: 64 512)")
     parser.add_argument("--prefix", nargs="+", type=int, metavar="N", help="sealed blocks (default: 1 2 4)")
+    parser.add_argument(
+        "--preset",
+        choices=[name for name in PRESETS if name != "solid"],
+        help="a plan of this name instead of --prefix",
+    )
     parser.add_argument("--new-tokens", type=int, metavar="N", help="per request (default: 32)")
     parser.add_argument("--rounds", type=int, metavar="N", help="default: 7")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one per core")
@@ -319,7 +333,7 @@ def print_cases(cases: Sequence[Case]) -> None:
         ],
         "n: sealed blocks, b: requests at once, p: prompt tokens; throughput above 1 is faster, latencies below 1 are",
     )
-    parts = ("enclave_compute", "transport", "marshalling", "rest", "step", "plain_step")
+    parts = ("enclave_compute", "transport", "marshalling", "head", "rest", "step", "plain_step")
     print_table(
         "Where a step's time goes, milliseconds (mean over prompt and decode steps)",
         ("case", *parts),
@@ -376,8 +390,15 @@ def main() -> int:
             build_model(MODELS[options.model], model, torch.float32, options.seed)
         vocabulary = AutoConfig.from_pretrained(model).vocab_size
         keys = make_keys(space / "keys")
-        bundles, prefixes = {}, {}
-        for prefix in options.prefix:
+        bundles, prefixes, lease = {}, {}, None
+        if options.preset:
+            customer = "benchmark" if PRESETS[options.preset].fold == "keyed" else None
+            sealed = semiopen.seal(model, space / "bundle", keys, preset=options.preset, customer=customer)
+            bundles, prefixes = {options.preset: space / "bundle"}, {options.preset: sealed.plan.prefix}
+            if sealed.plan.head != "open":
+                lease = space / "lease.jwt"
+                lease.write_text(new_lease(space / "bundle", keys, "benchmark"))
+        for prefix in () if options.preset else options.prefix:
             bundles[f"B{prefix}"] = space / f"bundle-{prefix}"
             prefixes[f"B{prefix}"] = prefix
             seal(model, bundles[f"B{prefix}"], keys, prefix)
@@ -385,7 +406,7 @@ def main() -> int:
         for engine in options.engines:
             say(f"{engine}: loading {2 + len(bundles)} engines ...")
             task = bar.add_task(engine, total=rounds)
-            with workers(engine, model, bundles, keys, options) as made:
+            with workers(engine, model, bundles, keys, options, lease) as made:
 
                 def advance(task: Any = task) -> None:
                     bar.advance(task)
@@ -415,6 +436,7 @@ def main() -> int:
             "breakdown": by_engine(lambda case: case.parts),
             "equal_texts": by_engine(lambda case: case.equal),
             "vllm_over_transformers": _engines_compared(cases) if both else None,
+            "preset": options.preset,
             "model": options.model,
             "dtype": options.dtype,
             "threads": options.threads,
