@@ -116,3 +116,28 @@ def test_a_thief_s_noise_is_not_what_the_victim_was_initialised_with(seed):
     name = "model.layers.0.self_attn.q_proj.weight"
     pair = torch.stack([model.state_dict()[name].flatten(), thief.state_dict()[name].flatten()])
     assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.2
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-window", "gemma3", "gpt2"])
+def test_a_text_that_grows_costs_a_token_for_each_candidate(name, sealed_pair):
+    """The same from a stand-in as from a bundle, whose enclave counts it."""
+    original, protected = sealed_pair(name, 2)
+    bundle = Path(str(protected.config.name_or_path))
+    manifest = parse_manifest((bundle / "semiopen.json").read_bytes())
+    client = protected.enclave.session.client
+    stand_in, real = PlainVictim(original, SealedSet.prefix(2)), BundleVictim(protected, bundle, manifest)
+    ids, words = torch.randint(3, 190, (40,), generator=torch.Generator().manual_seed(1)), torch.arange(3, 45)
+    for victim in (stand_in, real):
+        before, spent = client.status().tokens, 0
+        # Grows by some, by one, stays, is another text, is cut: of both of the last all has to be run again.
+        other = ids.flip(0)
+        for known, new in ((ids[:20], 20), (ids[:21], 1), (ids[:21], 0), (other[:30], 30), (other[:10], 10)):
+            texts = torch.cat([known.expand(len(words), -1), words[:, None]], 1)
+            found = victim.next_states(known, words)
+            spent += new + len(words)
+            assert victim.spent.tokens == spent
+            assert client.status().tokens - before == (spent if victim is real else 0)
+            kept, asked = victim.spent.tokens, client.status().tokens
+            torch.testing.assert_close(found, stand_in.query(texts)[:, -1], atol=1e-5, rtol=1e-4)
+            stand_in.spent.tokens -= texts.numel()
+            assert (victim.spent.tokens, client.status().tokens) == (kept, asked)

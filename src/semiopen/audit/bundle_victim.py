@@ -1,5 +1,6 @@
 """A real bundle and its enclave as the attacked model: every query goes through the enclave, which counts it."""
 
+import copy
 from pathlib import Path
 from typing import cast
 
@@ -11,10 +12,13 @@ from semiopen.auto_classes import SemiopenConfig
 from semiopen.bundle.manifest import Manifest
 from semiopen.host.client import EnclaveClient
 from semiopen.host.modeling import SemiopenModel, agree_on_score_cap
+from semiopen.host.sequences import Rows
 from semiopen.model.families import FAMILIES, attention_size
 from semiopen.model.kv_symmetries import OUTPUTS
 from semiopen.model.parts import rename
 from semiopen.model.split import join_layers
+
+_AT_ONCE = 32  # candidates for a next token
 
 
 class BundleVictim:
@@ -40,6 +44,8 @@ class BundleVictim:
             self.open_tensors[f"{decoder}.{family.embedding}.weight"] = self.open_tensors["lm_head.weight"]
         self.sealed = SealedSet.prefix(prefix)
         self._model = model
+        self._rows: Rows | None = None  # a text that grows, in the enclave
+        self._known = torch.empty(0, dtype=torch.int64)
 
     def query(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Victim.query`."""
@@ -48,6 +54,26 @@ class BundleVictim:
         enclave = cast(SemiopenModel, self._model).enclave
         agree_on_score_cap(enclave.session, self._model)
         return enclave(ids).float()
+
+    def next_states(self, known: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """See `Growable.next_states`."""
+        session = cast(SemiopenModel, self._model).enclave.session
+        agree_on_score_cap(session, self._model)
+        held = len(self._known)
+        if self._rows is None or held > len(known) or not torch.equal(self._known, known[:held]):
+            self._rows, held = session.rows(1), 0
+        lacking = known[None, held:]
+        self.spent.queries += len(candidates)
+        self.spent.tokens += lacking.numel() + len(candidates)
+        if lacking.numel():
+            session.run(lacking, torch.ones_like(lacking, dtype=torch.bool), self._rows)
+        self._known = known.clone()
+        found = []
+        for part in candidates[:, None].split(_AT_ONCE):
+            fork = copy.deepcopy(self._rows)
+            fork.select([0] * len(part))
+            found.append(session.run(part, torch.ones_like(part, dtype=torch.bool), fork)[:, -1])
+        return torch.cat(found).float()
 
     def model_input(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Victim.model_input`."""

@@ -153,6 +153,13 @@ class _Metered(BundleVictim):
         self.asked += ids.numel()
         return super().query(ids)
 
+    def next_states(self, known: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """See `Growable.next_states`."""
+        before = self.spent.tokens
+        states = super().next_states(known, candidates)
+        self.asked += self.spent.tokens - before
+        return states
+
 
 def audit(
     bundle: Path,

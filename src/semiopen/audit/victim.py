@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from semiopen.audit.growing import GrowingText
 from semiopen.model.families import FAMILIES
 from semiopen.model.parts import Blocks, rename
 from semiopen.model.split import causal_lm_class, cut_layers
@@ -85,6 +86,17 @@ class Victim(Protocol):
         ...
 
 
+class Growable(Victim, Protocol):
+    """A victim that runs sequences on, as an engine's host does."""
+
+    def next_states(self, known: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """[C, H] fp32: of each candidate [C] as the next token behind the tokens `known` [T].
+
+        Counts a token for each candidate, and for each of `known` that was not in the call before.
+        """
+        ...
+
+
 class PlainVictim:
     """A model in the clear that plays a sealed one: for planning, and for sets of layers that no bundle seals."""
 
@@ -105,6 +117,13 @@ class PlainVictim:
         }
         self._lower = Blocks(self.config, 0, sealed.stop).requires_grad_(False)
         self._lower.load({name.removeprefix(decoder): tensor for name, tensor in tensors.items()})
+        self._text = GrowingText(self._lower)
+
+    def next_states(self, known: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """See `Growable.next_states`."""
+        self.spent.queries += len(candidates)
+        self.spent.tokens += len(self._text.lacking(known)) + len(candidates)
+        return self._text.next_states(known, candidates).clone()
 
     def query(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Victim.query`."""

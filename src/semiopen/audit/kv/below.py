@@ -3,15 +3,15 @@
 Legend: T tokens, C candidates, H hidden size.
 """
 
-import copy
 from collections.abc import Mapping
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from semiopen.audit.growing import GrowingText
 from semiopen.audit.kv.dump import Dump
-from semiopen.audit.victim import SealedSet, Victim
+from semiopen.audit.victim import Growable, SealedSet
 from semiopen.audit.weights.align import align
 from semiopen.audit.weights.key import lock_rest
 from semiopen.model.parts import Blocks
@@ -52,44 +52,23 @@ class Layers:
         self.batch = batch
         self._blocks = Blocks(config, 0, stop).requires_grad_(False)
         self._blocks.load({name.removeprefix("model."): tensor.float() for name, tensor in tensors.items()})
-        self._known = torch.empty(0, dtype=torch.int64)
-        self._cache = DynamicCache(config=self._blocks.decoder.config)
+        self._text = GrowingText(self._blocks, batch)
 
-    @torch.inference_mode()
     def states(self, known: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """See `Below.states`. Texts that grow by a token are cheap."""
-        self._go_to(known)
-        found = []
-        for part in candidates.split(self.batch):
-            cache = copy.deepcopy(self._cache)
-            if len(known):
-                cache.batch_repeat_interleave(len(part))
-            found.append(self._run(part[:, None], cache)[:, -1])
-        return torch.cat(found)
+        return self._text.next_states(known, candidates)
 
     @torch.inference_mode()
     def all_states(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Below.all_states`."""
         return torch.cat([self._blocks(part) for part in ids.split(16)])
 
-    def _go_to(self, known: torch.Tensor) -> None:
-        held = len(self._known)
-        if held > len(known) or not torch.equal(self._known, known[:held]):
-            self._cache, held = DynamicCache(config=self._blocks.decoder.config), 0
-        if held < len(known):
-            self._run(known[None, held:], self._cache)
-        self._known = known.clone()
-
-    def _run(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        output = self._blocks.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
-        return cast(torch.Tensor, output.last_hidden_state)
-
 
 class Enclave:
     """The enclave itself, which an insider may ask: the true states, for tokens that it counts."""
 
-    def __init__(self, victim: Victim, batch: int = 32) -> None:
-        """Take the victim to ask."""
+    def __init__(self, victim: Growable, batch: int = 8) -> None:
+        """Take the victim to ask; `batch` candidates at once, as the search ends with the first that fits."""
         self.batch, self._victim, self._before = batch, victim, victim.spent.tokens
 
     @property
@@ -98,9 +77,8 @@ class Enclave:
         return self._victim.spent.tokens - self._before
 
     def states(self, known: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """See `Below.states`; every candidate is asked with the whole text before it."""
-        texts = torch.cat([known.expand(len(candidates), -1), candidates[:, None]], 1)
-        return torch.cat([self._victim.query(part)[:, -1] for part in texts.split(self.batch)])
+        """See `Below.states`; a candidate costs one token, as sequences are forked."""
+        return self._victim.next_states(known, candidates)
 
     def all_states(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Below.all_states`."""

@@ -16,7 +16,7 @@ from semiopen.audit.kv.projections import Projections
 from semiopen.audit.kv.recovered import Recovered, mark
 from semiopen.audit.thief import start_model
 from semiopen.audit.verdicts import Figure, Status, Verdict
-from semiopen.audit.victim import PlainVictim, Victim
+from semiopen.audit.victim import Growable, PlainVictim, Victim
 from semiopen.audit.weights.layout import HEAD
 from semiopen.model.plan import Plan
 
@@ -33,7 +33,7 @@ Relative = Mapping[str, torch.Tensor]
 
 
 def attack_cache(
-    victim: Victim,
+    victim: Growable,
     conversations: torch.Tensor,
     texts: torch.Tensor,
     relative: Relative | None,
