@@ -372,7 +372,7 @@ def plot(lines: list[dict[str, Any]], file: Path) -> None:
     right.set_yticks([row + 0.3 for row in range(len(bars))], list(bars), fontsize=7)
     right.invert_yaxis()
     right.set(xlabel="top-1 agreement with the victim", xlim=(0, 1), title="512 queries, by what is sealed")
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, ncol=4, loc="upper center", bbox_to_anchor=(0.4, -0.16))
     figure.tight_layout()
     figure.savefig(file, dpi=130)
 
