@@ -38,11 +38,10 @@ from common import (
     print_machine,
     print_table,
     progress,
-    rotated,
     say,
     workspace,
 )
-from serve import Worker
+from serve import Worker, run_rounds
 from transformers import AutoConfig
 
 import semiopen
@@ -81,14 +80,9 @@ def measure(engine: str, made: dict[str, Worker], vocabulary: int, options: argp
     cases = []
     draw = random.Random(options.seed)
     for batch, drawn in itertools.product(options.batch, (False, True)):
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in made}
-        for turn in range(options.rounds + 1):
-            prompts = [[draw.randrange(3, vocabulary) for _ in range(options.prompt)] for _ in range(batch)]
-            for name in rotated(list(made), turn):
-                result = made[name].run(prompts, options.new_tokens, drawn)
-                if turn:  # the first round warms up
-                    runs[name].append(result)
-            advance()
+        runs = run_rounds(
+            made, batch, options.prompt, options.new_tokens, options.rounds, vocabulary, draw, advance, drawn
+        )
         cases += [_case(engine, batch, drawn, head, runs) for head in (SEALED, SHUFFLED)]
     return cases
 

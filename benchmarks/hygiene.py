@@ -38,12 +38,11 @@ from common import (
     print_machine,
     print_table,
     progress,
-    rotated,
     say,
     seal,
     workspace,
 )
-from serve import MODELS, Worker
+from serve import MODELS, Worker, run_rounds
 from transformers import AutoConfig
 
 KEEPS, AGAIN, WIPES, OVERWRITES = "keeps", "keeps again", "wipes", "overwrites freed memory"
@@ -77,14 +76,7 @@ def measure(engine: str, made: dict[str, Worker], vocabulary: int, options: argp
     cases = []
     draw = random.Random(options.seed)
     for batch, prompt, new_tokens in options.cases:
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in made}
-        for turn in range(options.rounds + 1):
-            prompts = [[draw.randrange(3, vocabulary) for _ in range(prompt)] for _ in range(batch)]
-            for name in rotated(list(made), turn):
-                result = made[name].run(prompts, new_tokens)
-                if turn:  # the first round warms up
-                    runs[name].append(result)
-            advance()
+        runs = run_rounds(made, batch, prompt, new_tokens, options.rounds, vocabulary, draw, advance)
         rates = {name: [batch / run["total"] for run in found] for name, found in runs.items()}
         for what in (WIPES, OVERWRITES):
             texts = [

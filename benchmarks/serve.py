@@ -25,7 +25,7 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,6 +190,39 @@ def _between(run: dict[str, Any]) -> float:
     )
 
 
+def run_rounds(
+    made: dict[str, Worker],
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    rounds: int,
+    vocabulary: int,
+    draw: random.Random,
+    advance: Callable[[], None],
+    drawn: bool = False,
+) -> dict[str, list[dict[str, Any]]]:
+    """What each engine answered, by name and round: all get the same fresh prompts, in turns, in rotating order.
+
+    Args:
+        made: engines by name.
+        batch, prompt, new_tokens: requests at once, tokens of each prompt, and of each answer.
+        rounds: besides a first one, which warms up and is not kept.
+        vocabulary: of the model.
+        draw: gives the prompts.
+        advance: called after each round.
+        drawn: whether tokens are drawn, or the likeliest.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in made}
+    for turn in range(rounds + 1):
+        prompts = [[draw.randrange(3, vocabulary) for _ in range(prompt)] for _ in range(batch)]
+        for name in rotated(list(made), turn):
+            result = made[name].run(prompts, new_tokens, drawn)
+            if turn:
+                runs[name].append(result)
+        advance()
+    return runs
+
+
 MEASURES = {"throughput": _throughput, "first_token": _first, "inter_token": _between}
 
 
@@ -205,14 +238,7 @@ def measure(
     cases = []
     draw = random.Random(options.seed)
     for prompt, batch in itertools.product(options.prompt, options.batch):
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in made}
-        for turn in range(options.rounds + 1):
-            prompts = [[draw.randrange(3, vocabulary) for _ in range(prompt)] for _ in range(batch)]
-            for name in rotated(list(made), turn):
-                result = made[name].run(prompts, options.new_tokens)
-                if turn:  # the first round warms up
-                    runs[name].append(result)
-            advance()
+        runs = run_rounds(made, batch, prompt, options.new_tokens, options.rounds, vocabulary, draw, advance)
         for name, prefix in prefixes.items():
             cases.append(_case(engine, prefix, batch, prompt, runs[PLAIN], runs[AGAIN], runs[name]))
     return cases

@@ -31,16 +31,6 @@ class StepClock:
 
         self.reset()
         step, exchange = EnclaveClient.step, EnclaveClient._exchange
-        choose, reveal = EnclaveClient.choose, EnclaveClient.reveal
-
-        def timed(call: Callable[..., Any]) -> Callable[..., Any]:
-            def head(*args: Any) -> Any:
-                started = time.perf_counter()
-                result = call(*args)
-                self.head += time.perf_counter() - started
-                return result
-
-            return head
 
         def timed_step(client: Any, *args: Any) -> Any:
             started = time.perf_counter()
@@ -60,31 +50,34 @@ class StepClock:
                 self.head_compute += reply.compute_us / 1e6 if isinstance(reply, Chosen) else 0
             return reply
 
-        EnclaveClient.choose, EnclaveClient.reveal = timed(choose), timed(reveal)  # type: ignore[method-assign]
+        for name in ("choose", "reveal"):
+            setattr(EnclaveClient, name, self._timed("head", getattr(EnclaveClient, name)))
         EnclaveClient.step, EnclaveClient._exchange = timed_step, timed_exchange  # type: ignore[method-assign]
         self._time_wiping()
+
+    def _timed(self, total: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, with its time added to a total of this clock."""
+
+        def timed(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = call(*args)
+            setattr(self, total, getattr(self, total) + time.perf_counter() - started)
+            return result
+
+        return timed
 
     def _time_wiping(self) -> None:
         from semiopen.host.serving.worker import Worker
 
-        def timed(call: Callable[..., Any]) -> Callable[..., Any]:
-            def wipe(*args: Any) -> Any:
-                started = time.perf_counter()
-                result = call(*args)
-                self.wiping += time.perf_counter() - started
-                return result
-
-            return wipe
-
-        Worker._wipe = timed(Worker._wipe)  # type: ignore[method-assign]
+        Worker._wipe = self._timed("wiping", Worker._wipe)  # type: ignore[method-assign]
         if importlib.util.find_spec("vllm"):
             from semiopen.host.vllm_plugin import wiping
             from semiopen.host.vllm_plugin.sealed_prefix import SealedPrefix
 
             for name in ("_note_rows", "_wipe_rows", "_wipe_inputs"):
-                setattr(wiping, name, timed(getattr(wiping, name)))
+                setattr(wiping, name, self._timed("wiping", getattr(wiping, name)))
             for name in ("wipe", "wipe_states"):
-                setattr(SealedPrefix, name, timed(getattr(SealedPrefix, name)))
+                setattr(SealedPrefix, name, self._timed("wiping", getattr(SealedPrefix, name)))
 
     def reset(self) -> None:
         """Start anew."""

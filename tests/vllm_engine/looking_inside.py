@@ -5,20 +5,11 @@ until standard input ends, so that whoever started it can look into the enclave.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="WARNING",
-    VLLM_NO_USAGE_STATS="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    OMP_NUM_THREADS="1",
-)
+import tests.vllm_engine.jobs  # noqa: F401 - sets the environment
 
 
 def look(llm: Any) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 import copy
 
 import pytest
-import torch
 
 import semiopen
 from tests.models import FAMILIES, save_random_model, with_heads_of_32
+from tests.vllm_engine.prompts import PROMPTS
 
 # Of 4 blocks. Qwen3 MoE has its only experts in block 1, and vLLM needs one block with experts.
 PREFIXES = {"llama": (0, 1, 3), "qwen3-moe": (1,)}
@@ -16,17 +16,6 @@ REFUSED = "qwen2-window"  # its windows change from block to block, which vLLM's
 CRASHES = "gpt-neox"
 SERVED = [family for family in FAMILIES if family not in (REFUSED, CRASHES)]
 CASES = [f"{family}/{prefix}" for family in SERVED for prefix in PREFIXES.get(family, (2,))]
-
-
-def _prompts() -> list[list[int]]:
-    """Short and long ones; some share a beginning that fills blocks; some leave every sliding window."""
-    generator = torch.Generator().manual_seed(7)
-    draw = lambda count: torch.randint(3, 199, (count,), generator=generator).tolist()  # noqa: E731
-    shared = draw(70)
-    return [draw(1), draw(5), draw(40), shared + draw(3), shared + draw(30), draw(120), shared + draw(50), draw(17)]
-
-
-PROMPTS = _prompts()
 
 
 @pytest.fixture(scope="session")

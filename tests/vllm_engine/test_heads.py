@@ -1,12 +1,12 @@
 """Sealed and shuffled heads under vLLM: plain vLLM's tokens, and no more than the lease allows."""
 
 import pytest
-import torch
 
 import semiopen
 from semiopen.bundle.lease import Rights
 from semiopen.vendor.lease import new_lease
 from tests.models import FAMILIES, save_random_model, with_heads_of_32
+from tests.vllm_engine.prompts import FEW
 
 # Norms with and without a residual; a head that is tied, capped, and in vLLM the embedding itself.
 CASES = ["llama/sealed", "llama/shuffled", "gemma2/sealed", "gemma2/shuffled", "gpt2/sealed"]
@@ -33,14 +33,6 @@ NEEDS_LOGITS = {
 }
 
 
-def _prompts() -> list[list[int]]:
-    """Short and long ones; some share a beginning that fills blocks."""
-    generator = torch.Generator().manual_seed(7)
-    draw = lambda count: torch.randint(3, 199, (count,), generator=generator).tolist()  # noqa: E731
-    shared = draw(70)
-    return [draw(1), draw(5), draw(40), shared + draw(3), shared + draw(30), draw(120)]
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, keys, vllm_jobs):
     folder = tmp_path_factory.mktemp("heads")
@@ -51,7 +43,7 @@ def results(tmp_path_factory, keys, vllm_jobs):
         args = {"block_size": 32, "num_gpu_blocks_override": 40 if "gemma2" in name else 12, "max_model_len": 256}
         args["max_num_batched_tokens"] = 64 if name in CASES and name not in WHOLE else 512
         jobs.append(
-            {"name": name, "model": model, "prompts": _prompts(), "max_tokens": 40, "repeat": 2, "args": args, **extra}
+            {"name": name, "model": model, "prompts": FEW, "max_tokens": 40, "repeat": 2, "args": args, **extra}
         )
 
     for family in dict.fromkeys(case.split("/")[0] for case in CASES):
@@ -82,7 +74,7 @@ def test_greedy_tokens_equal_plain_vllm(results, case):
     assert "error" not in protected, protected["error"]
     assert protected["tokens"] == plain["tokens"]
     assert "gemma2" in case or protected["preemptions"] > 0
-    assert len({tuple(text) for text in protected["tokens"][0]}) == len(_prompts())
+    assert len({tuple(text) for text in protected["tokens"][0]}) == len(FEW)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "sealed" in case])

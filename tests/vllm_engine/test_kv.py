@@ -8,18 +8,11 @@ from peft import LoraConfig, get_peft_model
 
 import semiopen
 from tests.models import FAMILIES, save_random_model, with_heads_of_32
+from tests.vllm_engine.prompts import FEW
 
 # Grouped heads; attention windows, a score cap; a fused projection of queries, keys and values.
 CASES = ["llama/enclave", "llama/folded", "gemma2/enclave", "gpt2/enclave"]
 PREFIX = 1
-
-
-def _prompts() -> list[list[int]]:
-    """Short and long ones; some share a beginning that fills blocks."""
-    generator = torch.Generator().manual_seed(7)
-    draw = lambda count: torch.randint(3, 199, (count,), generator=generator).tolist()  # noqa: E731
-    shared = draw(70)
-    return [draw(1), draw(40), shared + draw(3), shared + draw(30), draw(120)]
 
 
 def _adapter(bundle, keys, folder):
@@ -44,7 +37,7 @@ def results(tmp_path_factory, keys, vllm_jobs):
         # Few blocks, so that requests are preempted; prompts are cut into steps.
         few = {"block_size": 32, "num_gpu_blocks_override": 40 if "gemma2" in name else 12, "max_model_len": 256}
         args = {**few, "max_num_batched_tokens": 64, **args}
-        jobs.append({"name": name, "model": model, "prompts": _prompts(), "max_tokens": 40, "repeat": 2, "args": args})
+        jobs.append({"name": name, "model": model, "prompts": FEW, "max_tokens": 40, "repeat": 2, "args": args})
 
     for family in dict.fromkeys(case.split("/")[0] for case in CASES):
         save_random_model(family, folder / family, config=with_heads_of_32(FAMILIES[family]))
@@ -71,7 +64,7 @@ def test_tokens_equal_plain_vllm(results, case):
     assert protected["tokens"] == plain["tokens"]
     assert protected["prefix_hits"] > 0
     assert "gemma2" in case or protected["preemptions"] > 0
-    assert len({tuple(text) for text in protected["tokens"][0]}) == len(_prompts())
+    assert len({tuple(text) for text in protected["tokens"][0]}) == len(FEW)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
+from semiopen.audit.growing import lacking
 from semiopen.audit.victim import SealedSet, Spent, Victim
 from semiopen.auto_classes import SemiopenConfig
 from semiopen.bundle.manifest import Manifest
@@ -59,14 +60,13 @@ class BundleVictim:
         """See `Growable.next_states`."""
         session = cast(SemiopenModel, self._model).enclave.session
         agree_on_score_cap(session, self._model)
-        held = len(self._known)
-        if self._rows is None or held > len(known) or not torch.equal(self._known, known[:held]):
-            self._rows, held = session.rows(1), 0
-        lacking = known[None, held:]
+        new = lacking(self._known, known)[None]
+        if self._rows is None or new.shape[1] + len(self._known) != len(known):
+            self._rows = session.rows(1)
         self.spent.queries += len(candidates)
-        self.spent.tokens += lacking.numel() + len(candidates)
-        if lacking.numel():
-            session.run(lacking, torch.ones_like(lacking, dtype=torch.bool), self._rows)
+        self.spent.tokens += new.numel() + len(candidates)
+        if new.numel():
+            session.run(new, torch.ones_like(new, dtype=torch.bool), self._rows)
         self._known = known.clone()
         found = []
         for part in candidates[:, None].split(_AT_ONCE):

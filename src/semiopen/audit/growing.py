@@ -12,6 +12,11 @@ from transformers import DynamicCache
 from semiopen.model.parts import Blocks
 
 
+def lacking(held: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Those of the tokens `known` [T] still to be run where `held` are; all, where these are of another text."""
+    return known[len(held) :] if len(held) <= len(known) and torch.equal(held, known[: len(held)]) else known
+
+
 class GrowingText:
     """Runs blocks on such a text."""
 
@@ -21,18 +26,17 @@ class GrowingText:
         self._begin()
 
     def lacking(self, known: torch.Tensor) -> torch.Tensor:
-        """Those of the tokens [T] that are still to be run; all of them where another text was run before."""
-        held = len(self._known)
-        return known[held:] if held <= len(known) and torch.equal(self._known, known[:held]) else known
+        """See `lacking`."""
+        return lacking(self._known, known)
 
     @torch.inference_mode()
     def next_states(self, known: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """[C, H]: of each candidate [C] as the next token behind the tokens `known` [T]."""
-        lacking = self.lacking(known)
-        if len(lacking) + len(self._known) != len(known):
+        new = self.lacking(known)
+        if len(new) + len(self._known) != len(known):
             self._begin()
-        if len(lacking):
-            self._run(lacking[None], self._cache)
+        if len(new):
+            self._run(new[None], self._cache)
         self._known = known.clone()
         found = []
         for part in candidates.split(self._batch):

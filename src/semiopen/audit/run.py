@@ -142,6 +142,11 @@ class _Texts:
     facts: TextFacts
     key: str
 
+    @property
+    def pairs(self) -> torch.Tensor:
+        """[N, T] of them that the attacks on the cache learn from."""
+        return self.queries[: _FOR_CACHE // SEQUENCE_TOKENS, :_CONVERSATION_TOKENS]
+
 
 class _Metered(BundleVictim):
     """A bundle as victim that remembers all it was asked, by thieves and auditor alike."""
@@ -255,13 +260,14 @@ def audit(
         cache = weights = None
         if options.cache:
             attack = functools.partial(_attack_cache, metered, bundle, found, relative, manifest, say)
-            cache, new_one = kept_section(out / CACHE_NAME, subject, CacheSection, attack)
-            asked, earlier = asked + new_one * cache.asked, earlier + (not new_one) * cache.asked
+            about = {**subject, "pairs": len(found.pairs)}
+            cache, is_new = kept_section(out / CACHE_NAME, about, CacheSection, attack)
+            asked, earlier = (asked + cache.asked, earlier) if is_new else (asked, earlier + cache.asked)
         if options.weights:
             attack = functools.partial(_attack_weights, victim, campaign, manifest, relative, say)
-            weights, new_one = kept_section(out / WEIGHTS_NAME, subject, WeightSection, attack)
-            asked, earlier = asked + new_one * weights.asked, earlier + (not new_one) * weights.asked
-            answers += new_one * weights.answers
+            weights, is_new = kept_section(out / WEIGHTS_NAME, subject, WeightSection, attack)
+            asked, earlier = (asked + weights.asked, earlier) if is_new else (asked, earlier + weights.asked)
+            answers += weights.answers if is_new else 0
         evidence = Evidence(
             prefix=manifest.plan.prefix,
             num_layers=manifest.num_layers,
@@ -495,8 +501,7 @@ def _attack_cache(
         ) from None
     say("Attacking the cache of conversations.")
     conversations = texts.exam[:_CONVERSATIONS, :_CONVERSATION_TOKENS]
-    pairs = texts.queries[: _FOR_CACHE // SEQUENCE_TOKENS, :_CONVERSATION_TOKENS]
-    return attack_cache(victim, conversations, pairs, relative, manifest.plan, _decoder(bundle))
+    return attack_cache(victim, conversations, texts.pairs, relative, manifest.plan, _decoder(bundle))
 
 
 def _attack_weights(

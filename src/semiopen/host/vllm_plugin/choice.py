@@ -8,7 +8,6 @@ a class by name: `ChoiceWith20` may show the 20 likeliest.
 Legend: N rows of a step, V vocabulary, K likeliest tokens.
 """
 
-import functools
 import secrets
 from typing import Any, cast
 
@@ -25,6 +24,7 @@ from vllm.v1.sample.sampler import Sampler
 from semiopen.host.client import RowChoice
 from semiopen.host.serving.enclave_choice import SEED_BITS
 from semiopen.host.vllm_plugin.enclave_head import Choosing
+from semiopen.host.vllm_plugin.patching import wrap_once
 
 # What of a request needs logits outside the enclave, with the values at which it does nothing.
 _NEEDS_LOGITS: dict[str, tuple[Any, ...]] = {
@@ -45,32 +45,24 @@ _PENALTIES: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0.0,),
 }
 
-_MARK = "leaves_choices_to_the_enclave"
-
 
 def install() -> None:
     """Have vLLM's sampler leave stand-ins for logits to the enclave. Safe to call again; logits are sampled as ever."""
-    inner: Any = Sampler.forward
-    if getattr(inner, _MARK, False):
-        return
+    wrap_once(Sampler, "forward", _sample)
 
-    @functools.wraps(inner)
-    def forward(
-        self: Sampler, logits: torch.Tensor, sampling_metadata: SamplingMetadata, *args: Any, **more: Any
-    ) -> Any:
-        choosing: Choosing | None = getattr(logits, Choosing.MARK, None)
-        if choosing is None:
-            return inner(self, logits, sampling_metadata, *args, **more)
-        processors = sampling_metadata.logitsprocs.non_argmax_invariant
-        (ours,) = (one for one in processors if isinstance(one, Choice))
-        count = sampling_metadata.max_num_logprobs
-        chosen, logprobs = choosing.choose(ours.requests(len(logits)), logprobs=count is not None)
-        tokens = torch.from_numpy(chosen).to(logits.device)
-        likeliest = None if logprobs is None else _likeliest(logprobs.to(logits.device), tokens, cast(int, count))
-        return SamplerOutput(tokens.int()[:, None], logprobs_tensors=likeliest)
 
-    setattr(forward, _MARK, True)
-    Sampler.forward = forward
+def _sample(
+    inner: Any, sampler: Sampler, logits: torch.Tensor, sampling_metadata: SamplingMetadata, *args: Any, **more: Any
+) -> Any:
+    choosing: Choosing | None = getattr(logits, Choosing.MARK, None)
+    if choosing is None:
+        return inner(sampler, logits, sampling_metadata, *args, **more)
+    (ours,) = (one for one in sampling_metadata.logitsprocs.non_argmax_invariant if isinstance(one, Choice))
+    count = sampling_metadata.max_num_logprobs
+    chosen, logprobs = choosing.choose(ours.requests(len(logits)), logprobs=count is not None)
+    tokens = torch.from_numpy(chosen).to(logits.device)
+    likeliest = None if logprobs is None else _likeliest(logprobs.to(logits.device), tokens, cast(int, count))
+    return SamplerOutput(tokens.int()[:, None], logprobs_tensors=likeliest)
 
 
 def _likeliest(logprobs: torch.Tensor, tokens: torch.Tensor, count: int) -> LogprobsTensors:

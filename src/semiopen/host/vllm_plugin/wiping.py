@@ -4,7 +4,6 @@ That is KV blocks that the scheduler gave up (`freed_blocks`), the states of the
 enclave, and the token ids that vLLM's first model runner keeps for each row of its batch.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,39 +12,34 @@ import torch
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from semiopen.host.vllm_plugin.freed_blocks import FREED
+from semiopen.host.vllm_plugin.patching import wrap_once
 
-_MARK = "overwrites_leftovers"
 _LONGEST = "_semiopen_longest"  # attribute of a runner's batch: tokens that each row may still hold
 
 
 def install() -> None:
     """Have all vLLM workers of this process do so. Safe to call again; models that are no bundle run as before."""
-    inner: Any = WorkerWrapperBase.execute_model
-    if getattr(inner, _MARK, False):
-        return
+    wrap_once(WorkerWrapperBase, "execute_model", _execute)
 
-    @functools.wraps(inner)
-    def execute_model(self: Any, scheduler_output: Any) -> Any:
-        freed: list[int] | None = getattr(scheduler_output, FREED, None)
-        if freed is None:
-            return inner(self, scheduler_output)
-        runner = self.worker.model_runner
-        prefix = runner.get_model().sealed_prefix
-        if freed:
-            prefix.wipe(freed)
-        ended = bool(scheduler_output.finished_req_ids)
-        if ended:
-            prefix.wipe_states()
-        _note_rows(runner)
-        result = inner(self, scheduler_output)
-        if ended:
-            _wipe_rows(runner)
-            if not scheduler_output.total_num_scheduled_tokens:
-                _wipe_inputs(runner)
-        return result
 
-    setattr(execute_model, _MARK, True)
-    WorkerWrapperBase.execute_model = execute_model
+def _execute(inner: Any, worker: Any, scheduler_output: Any) -> Any:
+    freed: list[int] | None = getattr(scheduler_output, FREED, None)
+    if freed is None:
+        return inner(worker, scheduler_output)
+    runner = worker.worker.model_runner
+    prefix = runner.get_model().sealed_prefix
+    if freed:
+        prefix.wipe(freed)
+    ended = bool(scheduler_output.finished_req_ids)
+    if ended:
+        prefix.wipe_states()
+    _note_rows(runner)
+    result = inner(worker, scheduler_output)
+    if ended:
+        _wipe_rows(runner)
+        if not scheduler_output.total_num_scheduled_tokens:
+            _wipe_inputs(runner)
+    return result
 
 
 def wipe_blocks(layers: Sequence[Any], blocks: Sequence[int], total: int) -> None:
